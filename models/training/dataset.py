@@ -1,0 +1,68 @@
+"""What a denoiser trains on: latents of rendered scenes, encoded once and kept on disk, and their encoded captions."""
+
+import random
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.training import pictures
+from models.training.shapes import Scene, render, sample_scenes
+from models.training.text import Encoded, TextEncoder
+
+PAIR_SHARE = 0.75  # pairs are harder than single things, so training sees more of them than evaluation
+SEED = 11
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """`latents` [scenes, 4, 16, 16] of unit variance; captions encoded, the empty one as the last entry."""
+
+    latents: Tensor
+    captions: Encoded
+
+    def batch(self, size: int, empty_share: float, generator: torch.Generator) -> tuple[Tensor, Encoded]:
+        """`size` random scenes in float32; a share of the captions is replaced by the empty one."""
+        index = torch.randint(len(self.latents), (size,), generator=generator)
+        empty = torch.rand(size, generator=generator) < empty_share
+        captions = torch.where(empty, len(self.latents), index)
+        chosen = Encoded(self.captions.tokens[captions].float(), self.captions.mask[captions])
+        return self.latents[index].float(), chosen
+
+
+def build(vae: AutoencoderKL, text: TextEncoder, folder: Path, count: int) -> Dataset:
+    """The training set; the latents are computed on the first call and found in `folder` afterwards."""
+    path = folder / f"latents-{count}.safetensors"
+    if not path.exists():
+        save_file({"latents": _encode_scenes(vae, count)}, path)
+    scenes: list[Scene | None] = [*_scenes(count), None]
+    return Dataset(load_file(path)["latents"], encode_captions(text, scenes))
+
+
+@torch.no_grad()
+def encode_captions(text: TextEncoder, scenes: list[Scene | None]) -> Encoded:
+    """The captions of `scenes` (None: the empty caption), encoded in half precision."""
+    captions = [scene.caption if scene else "" for scene in scenes]
+    parts = [text(captions[start : start + 256]) for start in range(0, len(captions), 256)]
+    return Encoded(
+        torch.cat([part.tokens.half().cpu() for part in parts]), torch.cat([part.mask.cpu() for part in parts])
+    )
+
+
+def _scenes(count: int) -> list[Scene]:
+    return list(islice(sample_scenes(SEED, held_out=False, pair_share=PAIR_SHARE), count))
+
+
+@torch.no_grad()
+def _encode_scenes(vae: AutoencoderKL, count: int) -> Tensor:
+    rng = random.Random(SEED)
+    scenes = _scenes(count)
+    parts = []
+    for start in range(0, count, 64):
+        images = pictures.to_tensor(render(scene, rng) for scene in scenes[start : start + 64])
+        parts.append(vae.encode(images.to(vae.device)).latent_dist.mean.half().cpu())
+    return torch.cat(parts)

@@ -1,0 +1,54 @@
+"""How a denoiser learns to predict velocity from latents and encoded captions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from models.training import pictures
+from models.training.dataset import Dataset
+from models.training.muon import split_optimizers
+from models.training.networks import noise_scheduler, predict
+from models.training.text import Encoded, TextEncoder
+from models.training.validation import validate
+
+EMPTY_SHARE = 0.1
+LEARNING_RATE = 2e-3
+
+
+class DenoiserTask:
+    """Squared error of the velocity; a tenth of the captions is empty, so that guidance has its other half."""
+
+    def __init__(
+        self, name: str, network: nn.Module, data: Dataset, vae: AutoencoderKL, text: TextEncoder, batch: int = 48
+    ) -> None:
+        self.name = name
+        self.module = network
+        self._data, self._vae, self._text, self._batch = data, vae, text, batch
+        self._alphas = noise_scheduler().alphas_cumprod
+
+    def optimizers(self) -> Sequence[Optimizer]:
+        return split_optimizers(self.module, LEARNING_RATE)
+
+    def loss(self, generator: torch.Generator) -> Tensor:
+        clean, captions = self._data.batch(self._batch, EMPTY_SHARE, generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        # One timestep from each of `batch` equal slices of the schedule: the same mean, less variance.
+        offsets = torch.rand(self._batch, generator=generator)
+        timesteps = ((torch.arange(self._batch) + offsets) / self._batch * len(self._alphas)).long()
+        signal = self._alphas[timesteps].sqrt().view(-1, 1, 1, 1)
+        spread = (1 - self._alphas[timesteps]).sqrt().view(-1, 1, 1, 1)
+        device = next(self.module.parameters()).device
+        noisy, velocity = signal * clean + spread * noise, signal * noise - spread * clean
+        captions = Encoded(captions.tokens.to(device), captions.mask.to(device))
+        predicted = predict(self.module, noisy.to(device), timesteps.to(device), captions)
+        return F.mse_loss(predicted.float(), velocity.to(device))
+
+    def preview(self, folder: Path, step: int) -> str:
+        result = validate(self.module, self._vae, self._text, count=64)
+        pictures.save_grid(result.pictures[:32], folder / f"{self.name}-{step:06d}.png")
+        return str(result)

@@ -1,0 +1,123 @@
+"""`python -m models.training.train shapes-sd|shapes-dit`: a bundled model from nothing, resumable at any time.
+
+Stages, each continuing from its last checkpoint under `--folder`: vae (shared by both models), text, denoiser,
+validate (alignment on held-out captions), export (into models/bundled, or `--output`). Run it again with the same
+arguments after an interruption; add `--minutes` to train by the clock instead of by steps.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from models.training import checkpoint, dataset, export, networks, validation
+from models.training.denoiser import DenoiserTask
+from models.training.loop import Options, fit
+from models.training.text import TextEncoder, TextTask
+from models.training.vae import VaeTask, whiten
+
+STAGES = ("vae", "text", "denoiser", "validate", "export")
+FAMILIES = {"shapes-sd": "clip", "shapes-dit": "t5"}
+SCENES = 60_000
+BUNDLED = Path(__file__).parent.parent / "bundled"
+
+
+def main() -> None:
+    """Parse the command line and run the stages asked for."""
+    arguments = _parse()
+    torch.manual_seed(arguments.seed)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    stages = STAGES if arguments.stage == "all" else (arguments.stage,)
+    run = {"vae": _vae, "text": _text, "denoiser": _denoiser, "validate": _validate, "export": _export}
+    for stage in stages:
+        run[stage](arguments)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m models.training.train", description=__doc__)
+    parser.add_argument("model", choices=FAMILIES)
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument("--steps", type=int, help="length of the stage; each stage has its own default")
+    parser.add_argument("--minutes", type=float, help="train by the clock: the whole stage, resumed parts included")
+    parser.add_argument("--folder", type=Path, default=Path("runs/shapes"), help="checkpoints and sample grids")
+    parser.add_argument("--output", type=Path, default=BUNDLED, help="where export puts the model")
+    parser.add_argument("--batch", type=int, default=48, help="captioned scenes a denoiser step")
+    parser.add_argument("--scenes", type=int, default=SCENES, help="size of the training set")
+    parser.add_argument("--captions", type=int, default=512, help="how many held-out captions to validate on")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, validation.GUIDANCE_SCALE])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["bfloat16", "float32"], default=_fast_precision())
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def _fast_precision() -> str:
+    """bfloat16 where the hardware multiplies it, CPUs included."""
+    fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if fast else "float32"
+
+
+def _options(arguments: argparse.Namespace, steps: int) -> Options:
+    return Options(
+        folder=arguments.folder,
+        steps=arguments.steps or steps,
+        minutes=arguments.minutes,
+        seed=arguments.seed,
+        autocast=arguments.precision == "bfloat16",
+    )
+
+
+def _vae(arguments: argparse.Namespace) -> None:
+    if (arguments.folder / "vae").exists():
+        return
+    task = VaeTask(torch.device(arguments.device))
+    fit(task, replace(_options(arguments, 2000), ema_decay=0.995))
+    whiten(task.module)
+    task.module.save_pretrained(arguments.folder / "vae")
+
+
+def _text(arguments: argparse.Namespace) -> None:
+    family = FAMILIES[arguments.model]
+    if (arguments.folder / family).exists():
+        return
+    task = TextTask(family, torch.device(arguments.device))
+    fit(task, replace(_options(arguments, 1000), ema_decay=0.98, autocast=False))
+    task.module.encoder.network.save_pretrained(arguments.folder / family)
+
+
+def _denoiser(arguments: argparse.Namespace) -> None:
+    vae, text, network = _parts(arguments)
+    data = dataset.build(vae, text, arguments.folder, arguments.scenes)
+    fit(DenoiserTask(arguments.model, network, data, vae, text, arguments.batch), _options(arguments, 20_000))
+
+
+def _validate(arguments: argparse.Namespace) -> None:
+    vae, text, network = _parts(arguments, trained=True)
+    for scale in arguments.scales:
+        result = validation.validate(network, vae, text, arguments.captions, scale)
+        print(f"{arguments.model}, {arguments.captions} captions, guidance scale {scale}: {result}", flush=True)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    vae, text, network = _parts(arguments, trained=True)
+    export.save(arguments.output / arguments.model, vae, text, network)
+
+
+def _parts(arguments: argparse.Namespace, trained: bool = False) -> tuple[AutoencoderKL, TextEncoder, nn.Module]:
+    """The finished autoencoder and text encoder, frozen, and the denoiser, new or as its checkpoint's average."""
+    vae = AutoencoderKL.from_pretrained(arguments.folder / "vae").to(arguments.device)
+    text = TextEncoder(family := FAMILIES[arguments.model], arguments.folder / family).to(arguments.device)
+    network = networks.build_unet() if arguments.model == "shapes-sd" else networks.build_transformer()
+    if trained:
+        checkpoint.load_ema(arguments.folder / f"{arguments.model}.safetensors", network)
+        network.eval()
+    return vae.eval().requires_grad_(False), text.eval().requires_grad_(False), network.to(arguments.device)
+
+
+if __name__ == "__main__":
+    main()
