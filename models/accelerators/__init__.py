@@ -1,0 +1,61 @@
+"""The accelerators by their mode name. Adding one is a file beside this and a line in `REGISTRY`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from models.accelerators.base import Accelerator
+from models.accelerators.cfg_student import CfgStudent
+from models.accelerators.deepcache import DeepCache
+from models.accelerators.delta_dit import DeltaDiT
+from models.accelerators.depth_skip import DepthSkip
+from models.accelerators.ditfastattn import DiTFastAttn
+from models.accelerators.none import NoAcceleration
+from models.accelerators.selective_guidance import SelectiveGuidance
+from models.errors import AcceleratorConflict, WrongBackbone
+from models.spec import ModelSpec, RunSpec
+
+REGISTRY: dict[str, type[Accelerator]] = {
+    "none": NoAcceleration,
+    "deepcache": DeepCache,
+    "delta_dit": DeltaDiT,
+    "ditfastattn": DiTFastAttn,
+    "cfg_student": CfgStudent,
+    "depth_skip": DepthSkip,
+    "selective_guidance": SelectiveGuidance,
+}
+
+
+def bind(accelerators: Sequence[Accelerator], model: ModelSpec, run: RunSpec) -> tuple[Accelerator, ...]:
+    """Check that these accelerators fit the model, the run and each other, and fill in their defaults.
+
+    Raises a `RequestError` of the kind that says what does not fit.
+    """
+    claimed: dict[str, str] = {}
+    for accelerator in accelerators:
+        if model.family not in accelerator.families:
+            fits = " or ".join(accelerator.families)
+            raise WrongBackbone(
+                "acceleration.mode", f"{accelerator.mode} is for {fits} backbones, {model.name} is a {model.family}"
+            )
+        for claim in accelerator.claims:
+            if other := claimed.get(claim):
+                raise AcceleratorConflict(
+                    "acceleration", f"{other} and {accelerator.mode} both decide the {claim} of a step"
+                )
+            claimed[claim] = accelerator.mode
+    return tuple(a.bind(model, run) for a in accelerators if a.mode != "none")
+
+
+__all__ = [
+    "REGISTRY",
+    "Accelerator",
+    "CfgStudent",
+    "DeepCache",
+    "DeltaDiT",
+    "DepthSkip",
+    "DiTFastAttn",
+    "NoAcceleration",
+    "SelectiveGuidance",
+    "bind",
+]

@@ -1,0 +1,46 @@
+"""What an accelerator is: a frozen, validated value that answers each step with a plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from models.plan import StepPlan
+from models.spec import Family, ModelSpec, RunSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Accelerator(BaseModel):
+    """Base of all accelerators. The value is the request parameter itself; its one job is `plan`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    mode: str
+    families: ClassVar[tuple[Family, ...]] = ("unet", "dit")
+    claims: ClassVar[frozenset[str]] = frozenset()
+    """The parts of a step that this accelerator decides; two that claim the same part refuse each other."""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+
+    def bind(self, model: ModelSpec, run: RunSpec) -> Self:
+        """This accelerator with its model-dependent defaults filled in.
+
+        Raises a `RequestError` that names the field where the model or the run does not allow it.
+        """
+        return self
+
+    def plan(self, step: int, num_steps: int) -> StepPlan:
+        """What to reuse in evaluation `step` of `num_steps`, counted from the noisy end."""
+        return StepPlan()
+
+    def unguided(self) -> bool:
+        """Whether the whole run has conditional rows only."""
+        return False
+
+
+def needs_guidance(accelerators: Sequence[Accelerator]) -> bool:
+    """Whether a run under these accelerators may have unconditional rows at all."""
+    return not any(a.unguided() for a in accelerators)

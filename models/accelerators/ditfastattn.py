@@ -1,0 +1,65 @@
+"""DiTFastAttn: share or window self-attention as a searched plan says (Yuan et al., NeurIPS 2024, arXiv:2406.08552)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, PrivateAttr
+
+from models.accelerators.base import Accelerator
+from models.attention_plan import Plan
+from models.errors import GuidanceRequired, PlanMismatch
+from models.plan import StepPlan
+from models.spec import Family, ModelSpec, RunSpec
+
+
+class DiTFastAttn(Accelerator):
+    """Follow a plan: the name under which the model knows it, or in Python the `Plan` itself.
+
+    Methods: `full`; `ast` returns the output of the last step that computed one; `wa-rs` attends in a band and adds the
+    residual (full - band) of the last full step; `asc` computes the conditional row and gives it to its unconditional
+    twin; `wa-rs+asc` both.
+    """
+
+    mode: Literal["ditfastattn"] = "ditfastattn"
+    plan_: str | Plan = Field(alias="plan", description="A plan's registered name.")
+    _plan: Plan | None = PrivateAttr(None)
+
+    families: ClassVar[tuple[Family, ...]] = ("dit",)
+    claims: ClassVar[frozenset[str]] = frozenset({"attention"})
+    title: ClassVar[str] = (
+        "Share self-attention across steps and guidance, or attend in a window, as a searched plan says."
+    )
+    paper: ClassVar[str] = "https://arxiv.org/abs/2406.08552"
+
+    def bind(self, model: ModelSpec, run: RunSpec) -> Self:
+        """Look the plan up and hold it against the run: a plan fits one model, scheduler, step count and size."""
+        plan = model.plans.get(self.plan_) if isinstance(self.plan_, str) else self.plan_
+        if plan is None:
+            known = ", ".join(model.plans) or "none"
+            raise PlanMismatch("acceleration.plan", f"{model.name} has no plan {self.plan_!r} (registered: {known})")
+        if plan.shares_guidance and not run.guided:
+            raise GuidanceRequired(
+                "acceleration.plan", "the plan shares attention across guidance, this run is unguided"
+            )
+        facts = {
+            "model": (plan.config_hash, model.config_hash),
+            "blocks": (len(plan.table[0]), model.depth),
+            "scheduler": (plan.scheduler, run.scheduler),
+            "num_inference_steps": (plan.num_inference_steps, run.num_inference_steps),
+            "steps": (len(plan.table), run.num_steps),
+            "tokens": (plan.tokens, run.tokens),
+            "guidance": (plan.guidance, run.guided),
+        }
+        for name, (wanted, given) in facts.items():
+            if wanted != given:
+                raise PlanMismatch("acceleration.plan", f"{name}: the plan is for {wanted}, the request has {given}")
+        bound = self.model_copy()
+        bound._plan = plan
+        return bound
+
+    def plan(self, step: int, num_steps: int) -> StepPlan:
+        """The plan's row for this step. Bound accelerators only."""
+        if self._plan is None:
+            raise ValueError("bind the accelerator to a model first")
+        return StepPlan(attention=self._plan.table[step], window=self._plan.window)

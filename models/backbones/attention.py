@@ -1,0 +1,155 @@
+"""The one attention processor: plain attention, DiTFastAttn's methods and LoRA terms, all read off the rows it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from models.backbones.window import window_attention
+from models.plan import RowMethod
+from models.rows import Row, Segment, segments
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows that do the same in one self-attention: their positions in the batch, on the host and on the device."""
+
+    method: RowMethod
+    window: int
+    positions: tuple[int, ...]
+    index: Tensor | None  # None: all rows, nothing to gather
+    source: Tensor | None = None  # twins: the positions of their conditional rows
+    sources: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRows:
+    """What the attentions of one block need to know of the batch."""
+
+    rows: Sequence[Row]
+    segments: tuple[Segment, ...]
+    groups: tuple[Group, ...] = ()  # self-attention by method, twins last; empty: every row in full, nothing kept
+
+
+class RowAttention:
+    """Scaled dot-product attention as diffusers' `AttnProcessor2_0` computes it, row by row as the plans say.
+
+    `path` is the module's name in the network (the key of its LoRA terms); `block` the transformer block whose
+    self-attention this is, or None where no method applies. Instances are read-only.
+    """
+
+    def __init__(self, path: str, block: int | None = None) -> None:
+        self.path = path
+        self.block = block
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,  # [rows, tokens, dim]
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        rows: AttentionRows | None = None,
+    ) -> Tensor:
+        if rows is None:
+            return self._plain(attn, hidden_states, encoder_hidden_states, attention_mask, ())
+        if self.block is None or not rows.groups:
+            return self._plain(attn, hidden_states, encoder_hidden_states, attention_mask, rows.segments)
+        if len(rows.groups) == 1 and rows.groups[0].method == "full":
+            return self._compute(attn, hidden_states, rows.rows, rows.groups[0])
+        return self._mixed(attn, hidden_states, rows)
+
+    def _mixed(self, attn: Attention, x: Tensor, rows: AttentionRows) -> Tensor:
+        block = self.block
+        assert block is not None  # noqa: S101
+        out = torch.empty_like(x)
+        for group in rows.groups:
+            members = [rows.rows[position] for position in group.positions]
+            if group.method == "reuse":
+                part = torch.cat([row.memory["attention", block] for row in members])
+            elif group.source is not None:
+                part = out.index_select(0, group.source)
+                for i, (row, source) in enumerate(zip(members, group.sources, strict=True)):
+                    row.keep(("attention", block), part[i : i + 1])
+                    if row.wants(("residual", block)):
+                        row.memory["residual", block] = rows.rows[source].memory["residual", block]
+            else:
+                gathered = x if group.index is None else x.index_select(0, group.index)
+                part = self._compute(attn, gathered, members, group)
+            if group.index is None:
+                return part
+            out.index_copy_(0, group.index, part)
+        return out
+
+    def _compute(self, attn: Attention, x: Tensor, members: Sequence[Row], group: Group) -> Tensor:
+        """Self-attention of gathered rows, full or banded, remembering what their plans want."""
+        block = self.block
+        assert block is not None  # noqa: S101
+        parts = segments(members)
+        query, key, value = self._project(attn, x, x, parts)
+        if group.method == "window":
+            core = window_attention(query, key, value, group.window)
+            core = core + torch.cat([row.memory["residual", block] for row in members])
+        else:
+            core = F.scaled_dot_product_attention(query, key, value)
+            for i, row in enumerate(members):
+                if row.wants(("residual", block)):
+                    band = window_attention(query[i : i + 1], key[i : i + 1], value[i : i + 1], row.plan.window)
+                    row.memory["residual", block] = core[i : i + 1] - band
+        out = self._out(attn, core, parts)
+        for i, row in enumerate(members):
+            row.keep(("attention", block), out[i : i + 1])
+        return out
+
+    def _plain(
+        self, attn: Attention, x: Tensor, context: Tensor | None, mask: Tensor | None, parts: tuple[Segment, ...]
+    ) -> Tensor:
+        rows, context = x.shape[0], x if context is None else context
+        if mask is not None:
+            mask = attn.prepare_attention_mask(mask, context.shape[1], rows)
+            mask = mask.view(rows, attn.heads, -1, mask.shape[-1])
+        query, key, value = self._project(attn, x, context, parts)
+        return self._out(attn, F.scaled_dot_product_attention(query, key, value, attn_mask=mask), parts)
+
+    def _project(
+        self, attn: Attention, x: Tensor, context: Tensor, parts: tuple[Segment, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query = self._linear(attn.to_q, "to_q", x, parts)
+        key = self._linear(attn.to_k, "to_k", context, parts)
+        value = self._linear(attn.to_v, "to_v", context, parts)
+        heads = (attn.heads, query.shape[-1] // attn.heads)
+        query, key, value = (t.unflatten(-1, heads).transpose(1, 2) for t in (query, key, value))
+        return query, key, value  # [rows, heads, tokens, dim]
+
+    def _out(self, attn: Attention, core: Tensor, parts: tuple[Segment, ...]) -> Tensor:
+        return self._linear(attn.to_out[0], "to_out.0", core.transpose(1, 2).flatten(2), parts)
+
+    def _linear(self, layer: nn.Module, name: str, x: Tensor, parts: tuple[Segment, ...]) -> Tensor:
+        y: Tensor = layer(x)
+        for part in parts:
+            if (term := part.lora.terms.get((self.path, name))) is not None:
+                down, up = term  # [rank, in], [out, rank], scaled
+                y[part.start : part.stop] += F.linear(F.linear(x[part.start : part.stop], down), up)
+        return y
+
+
+def install(network: nn.Module, blocks: Sequence[nn.Module] = ()) -> None:
+    """Give every attention of a freshly loaded network its processor; `blocks` are a DiT's, for their self-attention."""
+    numbers = {block.attn1: number for number, block in enumerate(blocks)}
+    for path, module in network.named_modules():
+        if isinstance(module, Attention):
+            _check_supported(path, module)
+            module.set_processor(RowAttention(path, numbers.get(module)))
+
+
+def _check_supported(path: str, module: Attention) -> None:
+    plain = (module.group_norm, module.spatial_norm, module.norm_cross, module.norm_q, module.norm_k)
+    if any(part is not None for part in plain) or module.residual_connection or module.rescale_output_factor != 1.0:
+        from models.errors import ModelLoadError
+
+        raise ModelLoadError(f"{path}: an attention of this kind is not supported")

@@ -1,0 +1,88 @@
+"""A request as the library takes it, and the run that it resolves to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from torch import Tensor
+
+from models.accelerators import Accelerator
+from models.plan import StepRows
+from models.schedulers import NoiseSchedule
+
+if TYPE_CHECKING:
+    from models.macs import Usage
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Request:
+    """What to generate. `None` means the model's default. Sizes are pixels.
+
+    In place of text, what diffusers' pipelines take: `prompt_embeds` [1, tokens, dim] with their mask [1, tokens] and,
+    for SDXL, `pooled_prompt_embeds` [1, dim]; `class_label` for class-conditional models; `latents`
+    [num_images, channels, height / scale, width / scale] as the starting noise, of unit variance.
+    Image `i` of `num_images` is drawn from `seed + i`.
+    """
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    num_images: int = 1
+    scheduler: str | None = None
+    image: Image.Image | None = None
+    strength: float = 0.8
+    timestep_warp: float = 1.0
+    acceleration: Accelerator | Sequence[Accelerator] = ()
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    prompt_attention_mask: Tensor | None = None
+    negative_prompt_attention_mask: Tensor | None = None
+    pooled_prompt_embeds: Tensor | None = None
+    negative_pooled_prompt_embeds: Tensor | None = None
+    class_label: int | None = None
+    latents: Tensor | None = None
+
+    @property
+    def accelerators(self) -> tuple[Accelerator, ...]:
+        """The accelerators as a tuple, however they were given."""
+        return (self.acceleration,) if isinstance(self.acceleration, Accelerator) else tuple(self.acceleration)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A request with every default filled in and every check passed; no tensor has been made yet."""
+
+    request: Request
+    width: int
+    height: int
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+    accelerators: tuple[Accelerator, ...]
+    schedule: NoiseSchedule
+    steps: tuple[StepRows, ...]
+    seeds: tuple[int, ...]
+    adapter: str | None
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step has an unconditional row."""
+        return any(step.unconditional is not None for step in self.steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The images of one request, their final latents [num_images, channels, h, w], seeds, and what they cost."""
+
+    images: list[Image.Image]
+    latents: Tensor
+    seeds: tuple[int, ...]
+    acceleration: tuple[Accelerator, ...]
+    usage: Usage = field(repr=False)

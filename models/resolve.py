@@ -1,0 +1,118 @@
+"""From a request to a run: every default, every check, no tensor. Raises errors that name the field and the range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from models.accelerators import Accelerator, bind
+from models.accelerators.base import needs_guidance
+from models.errors import OutOfRange, RequestError, WrongBackbone
+from models.plan import compile_run
+from models.request import Request, Run
+from models.schedulers import REGISTRY, NoiseSchedule, noise_schedule
+from models.spec import ModelSpec, RunSpec
+
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
+
+
+def resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Request) -> Run:
+    """Check a request against a model and fill in its defaults. Touches no device; safe on any thread."""
+    width, height = _size(model, request)
+    _inputs(model, request)
+    scheduler = _scheduler(model, request)
+    count = _integer("num_inference_steps", request.num_inference_steps, model.default_steps, MAX_STEPS)
+    strength = request.strength if request.image is not None else 1.0
+    warp = _number("timestep_warp", request.timestep_warp, 0.05, 20.0)
+    schedule = noise_schedule(scheduler, scheduler_config, count, _number("strength", strength, 0.0, 1.0), warp)
+    scale = model.default_guidance_scale if request.guidance_scale is None else request.guidance_scale
+    _number("guidance_scale", scale, 0.0, 100.0)
+    accelerators = _bind(model, request, schedule, scheduler, count, scale)
+    guided = scale > 1.0 and needs_guidance(accelerators)
+    adapter = next((a.adapter for a in accelerators if hasattr(a, "adapter")), None)
+    if adapter is not None:
+        scale = model.adapters[adapter].guidance_scale
+    images = _integer("num_images", request.num_images, 1, 10_000)
+    seed = _integer("seed", request.seed, 0, MAX_SEED - images, least=0)
+    return Run(
+        request=request,
+        width=width,
+        height=height,
+        scheduler=scheduler,
+        num_inference_steps=count,
+        guidance_scale=scale,
+        accelerators=accelerators,
+        schedule=schedule,
+        steps=compile_run(accelerators, len(schedule.timesteps), guided),
+        seeds=tuple(seed + i for i in range(images)),
+        adapter=adapter,
+    )
+
+
+def _bind(
+    model: ModelSpec, request: Request, schedule: NoiseSchedule, scheduler: str, count: int, scale: float
+) -> tuple[Accelerator, ...]:
+    width, height = _size(model, request)
+    run = RunSpec(
+        scheduler=scheduler,
+        num_inference_steps=count,
+        num_steps=len(schedule.timesteps),
+        tokens=model.tokens(width, height),
+        guided=scale > 1.0 and needs_guidance(request.accelerators),
+        guidance_scale=request.guidance_scale,
+        negative=bool(request.negative_prompt) or request.negative_prompt_embeds is not None,
+        image_to_image=request.image is not None,
+        timestep_warp=request.timestep_warp,
+    )
+    return bind(request.accelerators, model, run)
+
+
+def _size(model: ModelSpec, request: Request) -> tuple[int, int]:
+    sizes = {"width": request.width or model.native_width, "height": request.height or model.native_height}
+    for name, value in sizes.items():
+        if value < 1 or value % model.size_multiple:
+            raise OutOfRange(name, f"{value} is not a positive multiple of {model.size_multiple} pixels")
+    if model.layout == "dit" and sizes["width"] != sizes["height"]:
+        raise OutOfRange("height", f"{model.name} makes square pictures only, so it must equal the width")
+    return sizes["width"], sizes["height"]
+
+
+def _inputs(model: ModelSpec, request: Request) -> None:
+    if model.layout == "dit":
+        if request.image is not None:
+            raise WrongBackbone("image", f"{model.name} is class-conditional and has no image-to-image")
+        if request.class_label is None or not 0 <= request.class_label < (model.num_classes or 0):
+            raise OutOfRange("class_label", f"{request.class_label} is not in 0..{(model.num_classes or 0) - 1}")
+    elif request.prompt is None and request.prompt_embeds is None:
+        raise RequestError("prompt", "is required")
+    elif request.prompt_embeds is None and not model.has_text_encoder:
+        raise WrongBackbone("prompt", f"{model.name} was loaded without a text encoder; give prompt_embeds")
+    if request.latents is not None:
+        width, height = _size(model, request)
+        scale = model.latent_scale
+        wanted = (request.num_images, model.latent_channels, height // scale, width // scale)
+        if tuple(request.latents.shape) != wanted:
+            raise OutOfRange("latents", f"shape {tuple(request.latents.shape)} is not {wanted}")
+
+
+def _scheduler(model: ModelSpec, request: Request) -> str:
+    name = request.scheduler or model.default_scheduler
+    if name not in model.schedulers:
+        reason = "cannot end in pure noise as this model's schedule does" if name in REGISTRY else "is not known"
+        raise WrongBackbone("scheduler", f"{name!r} {reason}; one of {', '.join(model.schedulers)}")
+    return name
+
+
+def _integer(name: str, value: int | None, default: int, most: int, least: int = 1) -> int:
+    value = default if value is None else value
+    if not least <= value <= most:
+        raise OutOfRange(name, f"{value} is not in {least}..{most}")
+    return value
+
+
+def _number(name: str, value: float, least: float, most: float) -> float:
+    if not math.isfinite(value) or not least <= value <= most:
+        raise OutOfRange(name, f"{value} is not in {least:g}..{most:g}")
+    return value

@@ -1,0 +1,80 @@
+"""What a model can do, as plain data: accelerators and the HTTP side validate against this without touching a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from models.attention_plan import Plan
+
+Family = Literal["unet", "dit"]
+Layout = Literal["sd", "sdxl", "dit", "pixart"]
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """A guidance student: a LoRA file whose metadata says what was distilled."""
+
+    name: str
+    guidance_scale: float
+    rank: int
+    parameters: int
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A loaded model: sizes in pixels unless they say latents or tokens; `depth` counts U-Net input blocks or DiT blocks."""
+
+    name: str
+    family: Family
+    layout: Layout
+    config_hash: str
+    depth: int  # U-Net: input blocks (L); DiT: transformer blocks
+    latent_channels: int
+    latent_scale: int  # pixels a latent pixel
+    patch_size: int  # latent pixels a token side; 1 for a U-Net
+    native_width: int
+    native_height: int
+    schedulers: tuple[str, ...]
+    default_scheduler: str = "ddim"
+    default_steps: int = 25
+    default_guidance_scale: float = 4.0
+    num_train_timesteps: int = 1000
+    num_classes: int | None = None
+    has_text_encoder: bool = True
+    description: str = ""
+    examples: tuple[str, ...] = ()
+    prompt_grammar: Mapping[str, Any] | None = None
+    adapters: Mapping[str, AdapterInfo] = field(default_factory=dict)
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+
+    def with_extras(self, adapters: Mapping[str, AdapterInfo], plans: Mapping[str, Plan]) -> ModelSpec:
+        """The same model with adapters and plans registered."""
+        return replace(self, adapters=dict(adapters), plans=dict(plans))
+
+    @property
+    def size_multiple(self) -> int:
+        """Width and height must be multiples of this many pixels."""
+        return self.latent_scale * self.patch_size
+
+    def tokens(self, width: int, height: int) -> int:
+        """Image tokens of a DiT (latent pixels of a U-Net) at this size in pixels."""
+        return (width // self.size_multiple) * (height // self.size_multiple)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """The facts of one request that accelerators check themselves against."""
+
+    scheduler: str
+    num_inference_steps: int
+    num_steps: int  # backbone evaluations
+    tokens: int
+    guided: bool  # has unconditional rows
+    guidance_scale: float | None  # None: not given, the model's default (or the student's own) applies
+    negative: bool  # a negative prompt was given
+    image_to_image: bool = False
+    timestep_warp: float = 1.0

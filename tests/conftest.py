@@ -1,0 +1,36 @@
+"""Shared fixtures: the small pipelines, saved once a session, and their loaded backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import Backbone, load
+from tests.pipelines import save_pipeline
+
+
+@pytest.fixture(scope="session")
+def pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a layout's small pipeline."""
+    root = tmp_path_factory.mktemp("pipelines")
+
+    def directory(layout: str) -> Path:
+        return root / layout if (root / layout).is_dir() else save_pipeline(layout, root)
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def backbone_of(pipeline_dir: Callable[[str], Path]) -> Callable[..., Backbone]:
+    """The loaded backbone of a layout, shared by all tests: backbones are read-only."""
+    loaded: dict[tuple[str, torch.dtype], Backbone] = {}
+
+    def backbone(layout: str, dtype: torch.dtype = torch.float32) -> Backbone:
+        if (layout, dtype) not in loaded:
+            loaded[layout, dtype] = load(str(pipeline_dir(layout)), device="cpu", dtype=dtype)
+        return loaded[layout, dtype]
+
+    return backbone

@@ -1,0 +1,187 @@
+"""Small random-weight pipelines in diffusers' layout, made in seconds: the tests' stand-ins for the five families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
+
+from models.training.tokenizers import clip_tokenizer, t5_tokenizer
+
+LAYOUTS = ("sd", "sd2", "sdxl", "dit", "pixart-alpha", "pixart-sigma")
+TEXT_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "dit")
+UNETS = ("sd", "sd2", "sdxl")
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=32,
+    )
+
+
+def _scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=prediction_type,
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
+
+
+def _unet(**options: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        **{
+            "sample_size": 16,
+            "block_out_channels": (16, 32, 32),
+            "layers_per_block": 2,
+            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            "attention_head_dim": 2,
+            "cross_attention_dim": 32,
+            "norm_num_groups": 4,
+            **options,
+        }
+    )
+
+
+def _clip(projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
+    tokenizer = clip_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def _t5() -> T5EncoderModel:
+    config = T5Config(vocab_size=len(t5_tokenizer()), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    return T5EncoderModel(config)
+
+
+def _sd(prediction_type: str = "epsilon", **options: Any) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=_clip(),
+        tokenizer=clip_tokenizer(),
+        unet=_unet(**options),
+        scheduler=_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sdxl() -> StableDiffusionXLPipeline:
+    unet = _unet(
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=80,
+        cross_attention_dim=64,
+    )
+    return StableDiffusionXLPipeline(
+        vae=_vae(),
+        text_encoder=_clip(),
+        text_encoder_2=_clip(projection=True),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=unet,
+        scheduler=_scheduler(),
+        add_watermarker=False,
+    )
+
+
+def _dit() -> DiTPipeline:
+    transformer = DiTTransformer2DModel(
+        sample_size=16,
+        num_layers=6,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        in_channels=4,
+        out_channels=8,
+        num_embeds_ada_norm=1000,
+    )
+    return DiTPipeline(transformer=transformer, vae=_vae(), scheduler=_scheduler())
+
+
+def _pixart(sigma: bool) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
+    transformer = PixArtTransformer2DModel(
+        sample_size=16,
+        num_layers=6,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        in_channels=4,
+        out_channels=8 if sigma else 4,
+        cross_attention_dim=32,
+        caption_channels=32,
+        use_additional_conditions=False,
+    )
+    cls = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
+    return cls(
+        tokenizer=t5_tokenizer(), text_encoder=_t5(), vae=_vae(), transformer=transformer, scheduler=_scheduler()
+    )
+
+
+_MAKERS: dict[str, Any] = {
+    "sd": _sd,
+    "sd2": lambda: _sd("v_prediction", use_linear_projection=True, attention_head_dim=(2, 4, 4)),
+    "sdxl": _sdxl,
+    "dit": _dit,
+    "pixart-alpha": lambda: _pixart(sigma=False),
+    "pixart-sigma": lambda: _pixart(sigma=True),
+}
+
+
+def save_pipeline(layout: str, directory: Path) -> Path:
+    """Save the small pipeline of a layout under `directory`; random weights from a fixed seed, nothing left at zero."""
+    torch.manual_seed(0)
+    pipeline = _MAKERS[layout]()
+    network = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+    for name, parameter in network.named_parameters():
+        if "adaln" in name or "norm1.linear" in name or parameter.abs().sum() == 0:
+            torch.nn.init.normal_(parameter, std=0.05)
+    pipeline.save_pretrained(directory / layout, safe_serialization=True)
+    return directory / layout
