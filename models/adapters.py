@@ -40,7 +40,7 @@ def load_lora(path: str | Path, network: nn.Module, config_hash: str, name: str 
     """
     file = Path(path) / WEIGHT_NAME if Path(path).is_dir() else Path(path)
     try:
-        with safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]
+        with safe_open(file, "pt") as opened:
             metadata: dict[str, str] = opened.metadata() or {}
             weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:

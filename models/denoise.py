@@ -30,14 +30,9 @@ def advance(backbone: Backbone, trajectories: Sequence[Trajectory]) -> None:
     predictions = backbone.forward(x, t, conditioning, [row for row, _ in rows])
     place = {(trajectory, row.role): i for i, (row, trajectory) in enumerate(rows)}
     for trajectory in trajectories:
-        conditional, unconditional = place[trajectory, "conditional"], place.get((trajectory, "unconditional"))
-        trajectory.advance(
-            _at(predictions, conditional), None if unconditional is None else _at(predictions, unconditional)
-        )
-
-
-def _at(predictions: Tensor, i: int) -> Tensor:
-    return predictions[i : i + 1]
+        first, twin = place[trajectory, "conditional"], place.get((trajectory, "unconditional"))
+        unconditional = None if twin is None else predictions[twin : twin + 1]
+        trajectory.advance(predictions[first : first + 1], unconditional)
 
 
 def _times(values: list[float], device: torch.device) -> Tensor:

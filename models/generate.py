@@ -76,7 +76,7 @@ def _trajectory(backbone: Backbone, run: Run, i: int, conditioning: dict) -> Tra
         conditioning=conditioning,
         guidance_scale=run.guidance_scale,
         generator=generator,
-        step_options=takes(type(scheduler)),
+        step_options=takes(scheduler.__class__),
         lora=backbone.loras[run.adapter] if run.adapter is not None else None,
     )
 

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a forward, a step, a run: counted by torch's flop counter on the meta device, no weights needed.
+"""Multiply-accumulates of a forward, a step, a run: counted by torch's flop counter on the meta device, weightless.
 
 The network's own code runs on tensors without storage, a row at a time, so every plan is counted by what it would run.
 A transformer is counted a block at a time: blocks that do the same cost the same.
@@ -117,7 +117,7 @@ class MacCounter:
         rows = [partner, row] if twin else [row]
         x, t, conditioning = self._inputs(len(rows))
         h = network.embed(x)
-        tokens, dim = h.shape[1:]
+        tokens = h.shape[1]
         row.memory = {("attention", block): h[:1], ("residual", block): self._residual(block, tokens)}
         partner.memory = dict(row.memory)
         inputs, _ = network.conditions(h, t, conditioning)
@@ -170,7 +170,8 @@ class MacCounter:
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             forward()
         counts = counter.get_flop_counts()["Global"]
-        return sum(n for operation, n in counts.items() if operation not in self._ignored) // 2
+        flops: int = sum(n for operation, n in counts.items() if operation not in self._ignored)
+        return flops // 2
 
 
 _ATTENTION_MATMULS: Sequence[Any] = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
@@ -191,8 +192,9 @@ def counter_for(backbone: Backbone, width: int, height: int) -> MacCounter:
     """The counter of a loaded model at a size in pixels; made once a size."""
     scale = backbone.spec.latent_scale
     size = (height // scale, width // scale)
+    module: Any = backbone.network.module
     if size not in backbone.counters:
-        config = {**backbone.network.module.config, "_class_name": type(backbone.network.module).__name__}
+        config = {**module.config, "_class_name": type(module).__name__}
         backbone.counters[size] = MacCounter(config, size, backbone.conditioner.text_tokens)
     return backbone.counters[size]
 

@@ -119,8 +119,9 @@ def compile_run(accelerators: tuple[Accelerator, ...], num_steps: int, guided: b
 def _refreshed(plan: StepPlan) -> StepPlan:
     """The same step without reuse of anything remembered."""
     forgets = plan.exit is not None and plan.exit.remembered
-    attention = plan.attention and ("full",) * len(plan.attention)
-    return replace(plan, exit=None if forgets else plan.exit, cached=None, attention=attention or None)
+    full: Method = "full"
+    attention = None if plan.attention is None else (full,) * len(plan.attention)
+    return replace(plan, exit=None if forgets else plan.exit, cached=None, attention=attention)
 
 
 _ROW_METHODS: dict[Role, dict[Method, RowMethod]] = {
@@ -130,8 +131,8 @@ _ROW_METHODS: dict[Role, dict[Method, RowMethod]] = {
 
 
 def _row(plan: StepPlan, role: Role) -> RowPlan:
-    methods = plan.attention and tuple(_ROW_METHODS[role][method] for method in plan.attention)
-    return RowPlan(plan.exit, plan.cached, methods or None, plan.window or 0, plan.adapter)
+    methods = None if plan.attention is None else tuple(_ROW_METHODS[role][method] for method in plan.attention)
+    return RowPlan(plan.exit, plan.cached, methods, plan.window or 0, plan.adapter)
 
 
 def _with_memory(plans: Sequence[RowPlan | None]) -> list[RowPlan | None]:

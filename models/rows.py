@@ -1,4 +1,4 @@
-"""The lines of a forward batch: each row brings its plan, its memory and its adapter along; nothing is kept elsewhere."""
+"""The lines of a forward batch: each row brings its plan, its memory and its adapter; nothing is kept elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Row:
     lora: Lora | None = None
 
     def keep(self, key: Key, value: Tensor) -> None:
-        """Remember a feature [1, ...] if the plan wants it, in storage of its own: a view would hold the whole batch."""
+        """Remember a feature [1, ...] if the plan wants it, in storage of its own: a view would hold the batch."""
         if key in self.plan.keep:
             self.memory[key] = value.clone()
 

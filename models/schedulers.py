@@ -77,7 +77,7 @@ def noise_schedule(
 ) -> NoiseSchedule:
     """The schedule of a run, shared between runs that are alike.
 
-    Raises a `RequestError` for a step count the scheduler cannot do, a strength that leaves no step, a warp it cannot do.
+    Raises a `RequestError` for a step count or a warp that the scheduler cannot do, and a strength that leaves no step.
     """
     return _noise_schedule(name, _Frozen(config), num_inference_steps, strength, warp)
 
@@ -137,7 +137,7 @@ def takes(cls: type) -> Mapping[str, Any]:
 def warped_timesteps(count: int, gamma: float, num_train_timesteps: int = 1000, margin: float = 30.0) -> list[int]:
     """Time steps, noisy first, leaning to the noisy end for `gamma` < 1 and to the clean end for `gamma` > 1.
 
-    Kim et al. (ACCV 2024): t = linspace(0, T, n) on a power curve whose ends are moved by `margin`, T = train steps - 1.
+    Kim et al. (ACCV 2024): t = linspace(0, T, n), T = train steps - 1, on a power curve whose ends `margin` moves.
     Steps that coincide after rounding are taken once.
     """
     if not math.isfinite(gamma) or gamma <= 0:

@@ -1,4 +1,4 @@
-"""What a model can do, as plain data: accelerators and the HTTP side validate against this without touching a tensor."""
+"""What a model can do, as plain data: accelerators and the HTTP side validate against it without touching a tensor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A loaded model: sizes in pixels unless they say latents or tokens; `depth` counts U-Net input blocks or DiT blocks."""
+    """A loaded model. Sizes are in pixels unless they say latents or tokens."""
 
     name: str
     family: Family

@@ -113,7 +113,7 @@ class Trajectory:
             return signal * x - noise * prediction  # type: ignore[no-any-return]
         if kind == "sample":
             return prediction
-        return (x - noise * prediction) / signal.clamp(min=1e-3)
+        return (x - noise * prediction) / signal.clamp(min=1e-3)  # type: ignore[no-any-return]
 
     def finite(self) -> bool:
         """Whether the latents are numbers. Waits for the device: ask once, at the end."""

@@ -1,4 +1,4 @@
-"""The guidance student: a LoRA distilled to give the guided prediction in one row (Microsoft 2023, arXiv:2312.00899)."""
+"""The guidance student: a LoRA distilled to predict in one row what guidance needs two for (arXiv:2312.00899)."""
 
 from __future__ import annotations
 

@@ -52,9 +52,10 @@ class DeepCache(Accelerator):
 def nonuniform_steps(num_steps: int, interval: int, center: int, power: float) -> frozenset[int]:
     """The full steps of the non-uniform 1:N schedule: ceil(T/N) points of a line spaced by `power` around `center`.
 
-    The line starts at the `power`-th root of -center, which is complex; the real part of its points' powers counts and is
-    cut towards zero, as in the paper's code. The power falls by 0.02 until ceil(T/N) points differ. Where even an even
-    spacing cannot give as many (a centre at the edge of a short run), the steps found are taken; step 0 always is one.
+    The line starts at the `power`-th root of -center, which is complex; the real part of its points' powers counts and
+    is cut towards zero, as in the paper's code. The power falls by 0.02 until ceil(T/N) points differ. Where even an
+    even spacing cannot give as many (a centre at the edge of a short run), the steps found are taken; step 0 always is
+    one.
     """
     count = math.ceil(num_steps / interval)
     while True:

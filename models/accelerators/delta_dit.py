@@ -1,4 +1,4 @@
-"""Δ-DiT: on cached steps a range of transformer blocks adds its remembered effect (Chen et al., 2024, arXiv:2406.01125)."""
+"""Δ-DiT: on cached steps a range of blocks adds its remembered effect (Chen et al., 2024, arXiv:2406.01125)."""
 
 from __future__ import annotations
 

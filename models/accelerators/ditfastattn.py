@@ -27,9 +27,7 @@ class DiTFastAttn(Accelerator):
 
     families: ClassVar[tuple[Family, ...]] = ("dit",)
     claims: ClassVar[frozenset[str]] = frozenset({"attention"})
-    title: ClassVar[str] = (
-        "Share self-attention across steps and guidance, or attend in a window, as a searched plan says."
-    )
+    title: ClassVar[str] = "Share self-attention across steps and guidance, or window it, as a searched plan says."
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.08552"
 
     def bind(self, model: ModelSpec, run: RunSpec) -> Self:
@@ -40,7 +38,7 @@ class DiTFastAttn(Accelerator):
             raise PlanMismatch("acceleration.plan", f"{model.name} has no plan {self.plan_!r} (registered: {known})")
         if plan.shares_guidance and not run.guided:
             raise GuidanceRequired(
-                "acceleration.plan", "the plan shares attention across guidance, this run is unguided"
+                "acceleration.plan", "the plan shares attention across guidance, which this run has not"
             )
         facts = {
             "model": (plan.config_hash, model.config_hash),

@@ -1,4 +1,4 @@
-"""Loading: a bundled name, a directory or a hub id in diffusers' layout, safetensors only, no code from a checkpoint."""
+"""Loading a bundled name, a directory or a hub id in diffusers' layout: safetensors only, no code from a file."""
 
 from __future__ import annotations
 
@@ -105,9 +105,7 @@ def _locate(name: str) -> Path:
         patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
-        raise ModelLoadError(
-            f"{name}: no bundled model, no directory, and not to be had from the hub: {error}"
-        ) from error
+        raise ModelLoadError(f"{name}: no bundled model, no directory, and the hub says: {error}") from error
 
 
 def _read(directory: Path, class_name: str, dtype: torch.dtype, overrides: Mapping[str, Any]) -> Any:
@@ -135,9 +133,9 @@ def _truncated_unet(directory: Path, config: dict[str, Any], depth: int, layout:
         raise ModelLoadError(f"depth: {depth} is not in 1..{levels}")
     truncate(unet, depth)
     wanted = unet.state_dict().keys()
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]
+        with safe_open(file, "pt") as opened:
             weights |= {key: opened.get_tensor(key).to(dtype) for key in opened.keys() if key in wanted}  # noqa: SIM118
     missing = wanted - weights.keys()
     if missing:
@@ -166,11 +164,11 @@ def _extras(directory: Path) -> dict[str, Any]:
 
 def _found(directory: Path, kind: str, suffix: str = "") -> dict[str, str | Path]:
     """Adapters (directories) or plans (JSON files) that lie beside a model."""
-    return {
-        p.name.removesuffix(suffix): p
-        for p in sorted((directory / kind).glob(f"*{suffix}"))
-        if p.suffix in (suffix, "")
-    }
+    return {p.name.removesuffix(suffix): p for p in sorted((directory / kind).glob(f"*{suffix}"))}
+
+
+DEFAULT_SCALES: dict[Layout, float] = {"sd": 7.5, "sdxl": 5.0, "dit": 4.0, "pixart": 4.5}
+"""The guidance scales that diffusers' pipelines default to."""
 
 
 def _spec(
@@ -202,9 +200,7 @@ def _spec(
         schedulers=supported(pipeline.scheduler.config),
         default_scheduler=extras.get("default_scheduler", scheduler),
         default_steps=extras.get("default_num_inference_steps", 25),
-        default_guidance_scale=extras.get(
-            "default_guidance_scale", {"sd": 7.5, "sdxl": 5.0, "dit": 4.0, "pixart": 4.5}[layout]
-        ),
+        default_guidance_scale=extras.get("default_guidance_scale", DEFAULT_SCALES[layout]),
         num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
         num_classes=config["num_embeds_ada_norm"] if layout == "dit" else None,
         has_text_encoder=getattr(pipeline, "text_encoder", None) is not None,

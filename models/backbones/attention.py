@@ -1,4 +1,4 @@
-"""The one attention processor: plain attention, DiTFastAttn's methods and LoRA terms, all read off the rows it is given."""
+"""The one attention processor: plain attention, DiTFastAttn's methods and LoRA terms, read off the rows it is given."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class RowAttention:
         key = self._linear(attn.to_k, "to_k", context, parts)
         value = self._linear(attn.to_v, "to_v", context, parts)
         heads = (attn.heads, query.shape[-1] // attn.heads)
-        query, key, value = (t.unflatten(-1, heads).transpose(1, 2) for t in (query, key, value))
+        query, key, value = (t.view(*t.shape[:-1], *heads).transpose(1, 2) for t in (query, key, value))
         return query, key, value  # [rows, heads, tokens, dim]
 
     def _out(self, attn: Attention, core: Tensor, parts: tuple[Segment, ...]) -> Tensor:
@@ -139,7 +139,7 @@ class RowAttention:
 
 
 def install(network: nn.Module, blocks: Sequence[nn.Module] = ()) -> None:
-    """Give every attention of a freshly loaded network its processor; `blocks` are a DiT's, for their self-attention."""
+    """Give every attention of a freshly loaded network its processor; `blocks` are those of a DiT."""
     numbers = {block.attn1: number for number, block in enumerate(blocks)}
     for path, module in network.named_modules():
         if isinstance(module, Attention):

@@ -1,4 +1,4 @@
-"""A loaded model: the denoising network with its text encoders, VAE and noise-scheduler config. Read-only once loaded."""
+"""A loaded model: network, text encoders, VAE and noise-scheduler config. Read-only once loaded."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Backbone:
 
     @torch.inference_mode()
     def encode(self, image: Image.Image, width: int, height: int, generator: torch.Generator) -> Tensor:
-        """A picture, resized to width x height pixels, to scaled latents [1, channels, h, w], sampled with `generator`."""
+        """A picture, resized to width x height pixels, to scaled latents [1, channels, h, w] drawn with `generator`."""
         pixels = self._processor.preprocess(image, height=height, width=width).to(self.device, self.vae.dtype)
         latents: Tensor = self.vae.encode(pixels).latent_dist.sample(generator).to(self.dtype)
         config = self.vae.config
@@ -83,7 +83,7 @@ class Backbone:
             mean, std = (
                 torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std)
             )
-            return (latents - mean) * config.scaling_factor / std
+            return (latents - mean) * config.scaling_factor / std  # type: ignore[no-any-return]
         return config.scaling_factor * latents  # type: ignore[no-any-return]
 
     def weight_bytes(self) -> int:

@@ -25,11 +25,11 @@ class Conditioner:
     def __init__(
         self, pipeline: Any, layout: Layout, dtype: torch.dtype, device: torch.device, text_tokens: int | None = None
     ) -> None:
-        """`text_tokens`: the length PixArt's prompts are padded to, where the model was trained with another than usual."""
+        """`text_tokens`: the length PixArt's prompts are padded to, where it is not the usual one."""
         self._pipeline = pipeline
-        usual = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}.get(type(pipeline).__name__)
+        usual: int | None = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}.get(type(pipeline).__name__)
         tokenizer = getattr(pipeline, "tokenizer", None)
-        self.text_tokens: int = text_tokens or usual or getattr(tokenizer, "model_max_length", 77)
+        self.text_tokens: int = text_tokens or usual or int(getattr(tokenizer, "model_max_length", 77))
         self._layout = layout
         self._dtype = dtype
         self._device = device
@@ -42,14 +42,13 @@ class Conditioner:
         return [encoder for encoder in encoders if encoder is not None]
 
     def of(self, run: Run) -> dict[Role, Conditioning]:
-        """The conditioning of both rows of a run; tensors are [1, ...]. The unconditional one only where it is guided."""
+        """The conditioning of both rows of a run, of [1, ...] tensors; the unconditional only where it is guided."""
         if self._layout == "dit":
             return self._class(run)
-        result: dict[Role, Conditioning] = {
-            "conditional": self._given(run.request) or self.encode([run.request.prompt])[0]
-        }
+        conditional = self._given(run.request) or self.encode([run.request.prompt])[0]
+        result: dict[Role, Conditioning] = {"conditional": conditional}
         if run.guided:
-            result["unconditional"] = self._negative(run.request, result["conditional"])
+            result["unconditional"] = self._negative(run.request, conditional)
         for conditioning in result.values():
             conditioning |= self._size(run)
         return result
@@ -125,5 +124,7 @@ class Conditioner:
         label = run.request.class_label
         if label is None or not 0 <= label < count:
             raise OutOfRange("class_label", f"{label} is not in 0..{count - 1}")
-        roles: dict[Role, int] = {"conditional": label} | ({"unconditional": count} if run.guided else {})
+        roles: dict[Role, int] = {"conditional": label}
+        if run.guided:
+            roles["unconditional"] = count
         return {role: {"class_labels": torch.tensor([value], device=self._device)} for role, value in roles.items()}

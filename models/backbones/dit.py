@@ -1,13 +1,14 @@
 """The diffusion transformer as a list of blocks: the loop is ours, the block maths is diffusers'.
 
 A row whose plan caches a range of blocks waits while the others run them, and adds its remembered effect (Δ-DiT). Rows
-that cache the rear stand at the front of the batch, rows that cache the front at its end, so the rows that run a block are
-always one slice. What each row does in a self-attention (DiTFastAttn) is sorted into groups once a forward.
+that cache the rear stand at the front of the batch, rows that cache the front at its end, so the rows that run a block
+are always one slice. What each row does in a self-attention (DiTFastAttn) is sorted into groups once a forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,15 +20,16 @@ from models.backbones.attention import AttentionRows
 from models.backbones.groups import AttentionGroups
 from models.rows import Conditioning, Row
 
+BlockInputs = dict[str, Tensor | None]
 _BLOCK_INPUTS = ("timestep", "class_labels", "encoder_hidden_states", "encoder_attention_mask")
 
 
 class DiT:
     """Runs a diffusers `DiTTransformer2DModel` or `PixArtTransformer2DModel` row by row as the plans say."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
-        self.blocks: list[nn.Module] = list(self.module.transformer_blocks)
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.blocks: list[nn.Module] = list(module.transformer_blocks)
         self.conditional_first = not hasattr(module, "adaln_single")  # DiTPipeline batches [conditional, unconditional]
         self._positions: dict[tuple[int, int], Tensor] = {}
 
@@ -53,7 +55,7 @@ class DiT:
         h = self._run_blocks(h, inputs, rows)
         return self._unpatchify(self._head(h, inputs, embedded), height, width)
 
-    def _run_blocks(self, h: Tensor, inputs: dict[str, Tensor | None], rows: Sequence[Row]) -> Tensor:
+    def _run_blocks(self, h: Tensor, inputs: BlockInputs, rows: Sequence[Row]) -> Tensor:
         groups = AttentionGroups(rows, h.device)
         for start, stop in self._runs(rows):
             active = [i for i, row in enumerate(rows) if row.plan.runs(start)]
@@ -78,7 +80,7 @@ class DiT:
         ranges = {row.plan.cached for row in rows if row.plan.cached is not None}
         ranges |= {key[1:] for row in rows for key in row.plan.keep if key[0] == "range"}  # type: ignore[misc]
         cuts = sorted({0, self.depth, *(edge for pair in ranges for edge in pair)})
-        return list(zip(cuts, cuts[1:], strict=False))
+        return list(pairwise(cuts))
 
     @staticmethod
     def _wait(h: Tensor, row: Row, block: int) -> Tensor:
@@ -97,9 +99,7 @@ class DiT:
                 if key[0] == "range" and key[2] == stop:  # type: ignore[misc]
                     row.memory[key] = after[i : i + 1] + row.memory[key]
 
-    def block(
-        self, number: int, h: Tensor, inputs: dict[str, Tensor | None], attention: AttentionRows | None
-    ) -> Tensor:
+    def block(self, number: int, h: Tensor, inputs: BlockInputs, attention: AttentionRows | None) -> Tensor:
         """One transformer block over hidden states h [rows, tokens, dim]."""
         kwargs = None if attention is None else {"rows": attention}
         out: Tensor = self.blocks[number](h, attention_mask=None, cross_attention_kwargs=kwargs, **inputs)
@@ -130,7 +130,7 @@ class DiT:
         )
         return table.float().unsqueeze(0)  # type: ignore[no-any-return]
 
-    def conditions(self, h: Tensor, t: Tensor, given: Conditioning) -> tuple[dict[str, Tensor | None], Tensor]:
+    def conditions(self, h: Tensor, t: Tensor, given: Conditioning) -> tuple[BlockInputs, Tensor]:
         """What every block takes, and what the head takes, from times and conditioning."""
         if self.conditional_first:
             labels = given["class_labels"]
@@ -146,15 +146,13 @@ class DiT:
             mask = ((1 - mask.to(h.dtype)) * -10000.0).unsqueeze(1)  # [rows, 1, text_tokens]
         return dict(zip(_BLOCK_INPUTS, (timestep, None, context, mask), strict=True)), embedded
 
-    def _head(self, h: Tensor, inputs: dict[str, Tensor | None], embedded: Tensor) -> Tensor:
+    def _head(self, h: Tensor, inputs: BlockInputs, embedded: Tensor) -> Tensor:
         dit = self.module
         if self.conditional_first:
             shift, scale = dit.proj_out_1(F.silu(embedded)).chunk(2, dim=1)
-            out: Tensor = dit.proj_out_2(dit.norm_out(h) * (1 + scale[:, None]) + shift[:, None])
-            return out
+            return dit.proj_out_2(dit.norm_out(h) * (1 + scale[:, None]) + shift[:, None])  # type: ignore[no-any-return]
         shift, scale = (dit.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
-        out = dit.proj_out(dit.norm_out(h) * (1 + scale) + shift)
-        return out
+        return dit.proj_out(dit.norm_out(h) * (1 + scale) + shift)  # type: ignore[no-any-return]
 
     def _unpatchify(self, h: Tensor, height: int, width: int) -> Tensor:
         patch, channels = self.module.config.patch_size, self.module.out_channels

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -56,7 +56,7 @@ class UNet:
 
     conditional_first = False  # diffusers' pipelines batch [unconditional, conditional]
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
         self.levels = _levels(module)
 
@@ -86,8 +86,7 @@ class UNet:
             any(side % factor for side in x.shape[-2:]),
         )
         h = self._descend(0, x, batch)
-        h = unet.conv_act(unet.conv_norm_out(h))  # type: ignore[operator]
-        out: Tensor = unet.conv_out(h)  # type: ignore[operator]
+        out: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
         return out
 
     def _descend(self, number: int, x: Tensor, batch: _Batch) -> Tensor:
@@ -120,8 +119,8 @@ class UNet:
         middle = self.module.mid_block
         if middle is None:  # loaded with the deeper modules left out
             return x.new_zeros(len(x), self.levels[-1].inner_channels, *x.shape[2:])
-        h = middle.resnets[0](x, batch.emb)  # type: ignore[index, union-attr]
-        for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):  # type: ignore[arg-type, index, union-attr]
+        h: Tensor = middle.resnets[0](x, batch.emb)
+        for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
             h = resnet(self._attend(attention, h, batch), batch.emb)
         return h
 
@@ -135,7 +134,7 @@ class UNet:
         if attention is None:
             return x
         if isinstance(attention, Attention):  # an unconditional U-Net
-            return attention(x)  # type: ignore[no-any-return]
+            return cast(Tensor, attention(x))
         out: Tensor = attention(
             x,
             encoder_hidden_states=batch.context,

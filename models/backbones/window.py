@@ -55,9 +55,9 @@ def _flash_window(query: Tensor, key: Tensor, value: Tensor, window: int) -> Ten
     from torch.nn.attention.varlen import varlen_attn
 
     rows, heads, tokens, dim = query.shape
-    packed = [t.transpose(1, 2).reshape(rows * tokens, heads, dim) for t in (query, key, value)]
+    q, k, v = (t.transpose(1, 2).reshape(rows * tokens, heads, dim) for t in (query, key, value))
     offsets = _offsets(rows, tokens, query.device)
-    out = varlen_attn(*packed, offsets, offsets, tokens, tokens, window_size=(window, window))
+    out = varlen_attn(q, k, v, offsets, offsets, tokens, tokens, window_size=(window, window))
     assert isinstance(out, Tensor)  # noqa: S101  (a tuple only where auxiliary outputs are asked for)
     return out.view(rows, tokens, heads, dim).transpose(1, 2)
 
