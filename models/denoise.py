@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from models.plan import Role
+from models.rows import Row
 from models.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -18,21 +20,23 @@ if TYPE_CHECKING:
 def advance(backbone: Backbone, trajectories: Sequence[Trajectory]) -> None:
     """Advance trajectories of one group by one step each, whatever each of their plans asks for.
 
-    An exception in the forward leaves every trajectory as it was, so that the same tick can be tried again in parts.
+    An exception in the forward leaves every trajectory at its step, so that the tick can be tried again in parts.
     """
-    rows = [(row, trajectory) for trajectory in trajectories for row in trajectory.rows()]
-    rows.sort(key=lambda pair: backbone.network.order(pair[0]))
-    inputs = {trajectory: trajectory.model_input() for trajectory in trajectories}
+    predictions = predict(backbone, [(row, trajectory) for trajectory in trajectories for row in trajectory.rows()])
+    for trajectory in trajectories:
+        trajectory.advance(predictions[trajectory, "conditional"], predictions.get((trajectory, "unconditional")))
+
+
+def predict(backbone: Backbone, rows: Sequence[tuple[Row, Trajectory]]) -> dict[tuple[Trajectory, Role], Tensor]:
+    """One forward over rows of one group; the prediction [1, channels, h, w] of each trajectory's rows by role."""
+    rows = sorted(rows, key=lambda pair: backbone.network.order(pair[0]))
+    inputs = {trajectory: trajectory.model_input() for _, trajectory in rows}
     x = torch.cat([inputs[trajectory] for _, trajectory in rows])  # [rows, channels, h, w]
     t = _times([float(trajectory.timestep) for _, trajectory in rows], x.device)
     parts = [trajectory.conditioning[row.role] for row, trajectory in rows]
     conditioning = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    predictions = backbone.forward(x, t, conditioning, [row for row, _ in rows])
-    place = {(trajectory, row.role): i for i, (row, trajectory) in enumerate(rows)}
-    for trajectory in trajectories:
-        first, twin = place[trajectory, "conditional"], place.get((trajectory, "unconditional"))
-        unconditional = None if twin is None else predictions[twin : twin + 1]
-        trajectory.advance(predictions[first : first + 1], unconditional)
+    out = backbone.forward(x, t, conditioning, [row for row, _ in rows])
+    return {(trajectory, row.role): out[i : i + 1] for i, (row, trajectory) in enumerate(rows)}
 
 
 def _times(values: list[float], device: torch.device) -> Tensor:

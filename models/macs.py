@@ -1,37 +1,21 @@
-"""Multiply-accumulates of a forward, a step, a run: counted by torch's flop counter on the meta device, weightless.
-
-The network's own code runs on tensors without storage, a row at a time, so every plan is counted by what it would run.
-A transformer is counted a block at a time: blocks that do the same cost the same.
-"""
+"""What a request, or an image, costs in multiply-accumulates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import diffusers
-import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from diffusers import DDIMScheduler
 
-from models.adapters import Lora, meta_lora
-from models.backbones.attention import install
-from models.backbones.base import Backbone, Network
-from models.backbones.dit import DiT
-from models.backbones.groups import AttentionGroups
-from models.backbones.unet import UNet
-from models.errors import ModelLoadError
-from models.plan import Exit, RowPlan, StepRows
-from models.request import Run
-from models.rows import Conditioning, Row
-
-NETWORKS: dict[str, type[UNet] | type[DiT]] = {
-    "UNet2DModel": UNet,
-    "UNet2DConditionModel": UNet,
-    "DiTTransformer2DModel": DiT,
-    "PixArtTransformer2DModel": DiT,
-}
+from models.accelerators import Accelerator
+from models.backbones.base import Backbone
+from models.mac_counter import MacCounter
+from models.plan import RowPlan
+from models.request import Request, Run
+from models.resolve import resolve
+from models.schedulers import REGISTRY
+from models.spec import Layout, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -42,140 +26,6 @@ class Usage:
     rows: int
     macs: int
     macs_unaccelerated: int
-
-
-class MacCounter:
-    """Counts for one network at one latent size. `text_tokens` is the length of its prompts."""
-
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        latent_size: tuple[int, int],
-        text_tokens: int = 77,
-        attention_matmuls: bool = True,
-    ) -> None:
-        name = str(config.get("_class_name"))
-        if name not in NETWORKS:
-            raise ModelLoadError(f"config: {name} is not one of {', '.join(NETWORKS)}")
-        with torch.device("meta"):
-            module = getattr(diffusers, name).from_config(config)
-        self._config = config
-        self._network = NETWORKS[name](module.eval())
-        if name != "UNet2DModel":
-            install(module, self._network.blocks if isinstance(self._network, DiT) else ())
-        self._size = latent_size
-        self._text_tokens = text_tokens
-        self._ignored = () if attention_matmuls else _ATTENTION_MATMULS
-        self._loras: dict[Lora, Lora] = {}
-        self._counts: dict[tuple[Any, ...], int] = {}
-
-    @property
-    def network(self) -> Network:
-        """The network on the meta device."""
-        return self._network
-
-    @property
-    def parameters(self) -> int:
-        """Weights of the whole network."""
-        return sum(p.numel() for p in self._network.module.parameters())
-
-    def row(self, plan: RowPlan, lora: Lora | None = None) -> int:
-        """MACs of one row of one forward."""
-        if isinstance(self._network, UNet):
-            level = None if plan.exit is None else Exit(plan.exit.level, remembered=False)
-            return self._cached(("unet", level, lora), lambda: self._unet(RowPlan(exit=level), lora))
-        blocks = (self._block(plan, block, lora) for block in range(self._network.depth) if plan.runs(block))
-        return self._cached(("frame",), self._frame) + sum(blocks)
-
-    def step(self, rows: StepRows, lora: Lora | None = None) -> int:
-        """MACs of one step of one trajectory."""
-        return sum(self.row(plan, lora if plan.adapter else None) for plan in rows)
-
-    def run(self, steps: Iterable[StepRows], lora: Lora | None = None) -> int:
-        """MACs of one trajectory."""
-        return sum(self.step(rows, lora) for rows in steps)
-
-    def _cached(self, key: tuple[Any, ...], count: Any) -> int:
-        if key not in self._counts:
-            self._counts[key] = count()
-        return self._counts[key]
-
-    def _block(self, plan: RowPlan, block: int, lora: Lora | None) -> int:
-        method, window = plan.method(block), plan.window
-        residual = ("residual", block) in plan.keep
-        if method not in ("window",) and not residual:
-            window = 0
-        key = ("block", method, window, residual, lora, block if lora is not None else 0)
-        return self._cached(key, lambda: self._one_block(plan, block, lora))
-
-    def _one_block(self, plan: RowPlan, block: int, lora: Lora | None) -> int:
-        """One row through one block. A twin needs its conditional row in the batch, which is taken off again."""
-        assert isinstance(self._network, DiT)  # noqa: S101
-        network, twin = self._network, plan.method(block).startswith("twin")
-        row = Row(replace(plan, cached=None), "unconditional" if twin else "conditional", self, lora=self._meta(lora))
-        partner = Row(RowPlan(), "conditional", self)
-        rows = [partner, row] if twin else [row]
-        x, t, conditioning = self._inputs(len(rows))
-        h = network.embed(x)
-        tokens = h.shape[1]
-        row.memory = {("attention", block): h[:1], ("residual", block): self._residual(block, tokens)}
-        partner.memory = dict(row.memory)
-        inputs, _ = network.conditions(h, t, conditioning)
-        groups = AttentionGroups(rows, h.device).at(block, 0, len(rows))
-        both = self._count(lambda: network.block(block, h, inputs, groups))
-        if not twin:
-            return both
-        return both - self._block(partner.plan, block, None)
-
-    def _residual(self, block: int, tokens: int) -> Tensor:
-        attention: Any = self._network.blocks[block].attn1  # type: ignore[union-attr]
-        dim = attention.to_q.out_features // attention.heads
-        return torch.empty(1, attention.heads, tokens, dim, device="meta")
-
-    def _frame(self) -> int:
-        """Everything of a transformer outside its blocks."""
-        x, t, conditioning = self._inputs(1)
-        network = self._network
-        assert isinstance(network, DiT)  # noqa: S101
-        nothing = RowPlan(cached=(0, network.depth))
-        h = network.embed(x)
-        row = Row(nothing, "conditional", self, {("range", 0, network.depth): torch.zeros_like(h)})
-        return self._count(lambda: network.forward(x, t, conditioning, [row]))
-
-    def _unet(self, plan: RowPlan, lora: Lora | None) -> int:
-        x, t, conditioning = self._inputs(1)
-        row = Row(plan, "conditional", self, lora=self._meta(lora))
-        return self._count(lambda: self._network.forward(x, t, conditioning, [row]))
-
-    def _meta(self, lora: Lora | None) -> Lora | None:
-        if lora is None:
-            return None
-        return self._loras.setdefault(lora, meta_lora(lora))
-
-    def _inputs(self, rows: int) -> tuple[Tensor, Tensor, Conditioning]:
-        config = self._config
-        with torch.device("meta"):
-            x = torch.empty(rows, config["in_channels"], *self._size)
-            conditioning: Conditioning = {"class_labels": torch.zeros(rows, dtype=torch.long)}
-            dim = config.get("caption_channels") or config.get("cross_attention_dim")
-            if dim is not None:
-                conditioning["encoder_hidden_states"] = torch.empty(rows, self._text_tokens, dim)
-            if config.get("addition_embed_type") == "text_time":
-                pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-                conditioning |= {"text_embeds": torch.empty(rows, pooled), "time_ids": torch.empty(rows, 6)}
-            conditioning |= {"resolution": torch.empty(rows, 2), "aspect_ratio": torch.empty(rows, 1)}
-            return x, torch.empty(rows), conditioning
-
-    def _count(self, forward: Any) -> int:
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            forward()
-        counts = counter.get_flop_counts()["Global"]
-        flops: int = sum(n for operation, n in counts.items() if operation not in self._ignored)
-        return flops // 2
-
-
-_ATTENTION_MATMULS: Sequence[Any] = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
-"""Batched products: in these networks only attention has any. The papers leave them out."""
 
 
 def usage(backbone: Backbone, run: Run) -> Usage:
@@ -192,11 +42,95 @@ def counter_for(backbone: Backbone, width: int, height: int) -> MacCounter:
     """The counter of a loaded model at a size in pixels; made once a size."""
     scale = backbone.spec.latent_scale
     size = (height // scale, width // scale)
-    module: Any = backbone.network.module
     if size not in backbone.counters:
-        config = {**module.config, "_class_name": type(module).__name__}
-        backbone.counters[size] = MacCounter(config, size, backbone.conditioner.text_tokens)
+        backbone.counters[size] = MacCounter(_config(backbone), size, backbone.conditioner.text_tokens)
     return backbone.counters[size]
 
 
-__all__ = ["MacCounter", "Usage", "counter_for", "usage"]
+def _config(backbone: Backbone) -> dict[str, Any]:
+    module: Any = backbone.network.module
+    return {**module.config, "_class_name": type(module).__name__}
+
+
+@dataclass(frozen=True)
+class MacReport:
+    """MACs of one image: `row` is one row of a plain forward, `steps` every evaluation as accelerated."""
+
+    row: int
+    steps: tuple[int, ...]
+    image: int
+    image_unaccelerated: int
+    parameters: int
+
+    @property
+    def ratio(self) -> float:
+        """Accelerated over plain."""
+        return self.image / self.image_unaccelerated
+
+
+def macs(
+    model: Backbone | Mapping[str, Any],
+    *,
+    acceleration: Accelerator | Sequence[Accelerator] = (),
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    scheduler: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    attention_matmuls: bool = True,
+) -> MacReport:
+    """Count the MACs of an image made by a loaded model, or by the bare diffusers config of a network.
+
+    Sizes are in pixels; a bare config is taken to have eight pixels a latent pixel, an unconditional U-Net one.
+    `attention_matmuls=False` leaves attention's two products out, as many papers do.
+    """
+    if isinstance(model, Backbone):
+        config: Mapping[str, Any] = _config(model)
+        spec, text_tokens = model.spec, model.conditioner.text_tokens
+        scheduler_config, loras = model.scheduler_config, model.loras
+    else:
+        config, text_tokens, loras = model, 120 if "caption_channels" in model else 77, {}
+        spec, scheduler_config = _bare_spec(config), DDIMScheduler().config
+    request = Request(
+        prompt="",
+        class_label=0 if spec.layout == "dit" else None,
+        acceleration=acceleration,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        scheduler=scheduler,
+        width=width,
+        height=height,
+    )
+    run = resolve(spec, scheduler_config, request)
+    size = (run.height // spec.latent_scale, run.width // spec.latent_scale)
+    counter = MacCounter(config, size, text_tokens, attention_matmuls)
+    lora = loras[run.adapter] if run.adapter is not None else None
+    steps = tuple(counter.step(step, lora) for step in run.steps)
+    row = counter.row(RowPlan())
+    plain = row * len(steps) * (2 if run.guidance_scale > 1.0 else 1)
+    return MacReport(row, steps, sum(steps), plain, counter.parameters)
+
+
+def _bare_spec(config: Mapping[str, Any]) -> ModelSpec:
+    name = str(config.get("_class_name"))
+    network = MacCounter(config, (8, 8)).network
+    scale = 1 if name == "UNet2DModel" else 8
+    side = config["sample_size"]
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    layout: Layout = "dit" if name == "DiTTransformer2DModel" else "pixart" if "PixArt" in name else "sd"
+    return ModelSpec(
+        name=name,
+        family="unet" if "UNet" in name else "dit",
+        layout=layout,
+        config_hash="",
+        depth=network.depth,
+        latent_channels=config["in_channels"],
+        latent_scale=scale,
+        patch_size=config.get("patch_size") or 1,
+        native_width=width * scale,
+        native_height=height * scale,
+        schedulers=tuple(REGISTRY),
+        default_steps=50,
+        default_guidance_scale=1.0 if name == "UNet2DModel" else 7.5,
+        num_classes=config.get("num_embeds_ada_norm"),
+    )

@@ -109,9 +109,9 @@ def compile_run(accelerators: tuple[Accelerator, ...], num_steps: int, guided: b
     for step in range(1, num_steps):
         if guidance[step] and not guidance[step - 1]:
             steps[step] = _refreshed(steps[step])
-    conditional = _with_memory([_row(plan, "conditional") for plan in steps])
+    conditional = _with_memory([row_plan(plan, "conditional") for plan in steps])
     unconditional = _with_memory(
-        [_row(plan, "unconditional") if on else None for plan, on in zip(steps, guidance, strict=True)]
+        [row_plan(plan, "unconditional") if on else None for plan, on in zip(steps, guidance, strict=True)]
     )
     return tuple(StepRows(c, u) for c, u in zip(conditional, unconditional, strict=True) if c is not None)
 
@@ -130,7 +130,8 @@ _ROW_METHODS: dict[Role, dict[Method, RowMethod]] = {
 }
 
 
-def _row(plan: StepPlan, role: Role) -> RowPlan:
+def row_plan(plan: StepPlan, role: Role) -> RowPlan:
+    """What a step plan asks of the row with this role; nothing is remembered yet."""
     methods = None if plan.attention is None else tuple(_ROW_METHODS[role][method] for method in plan.attention)
     return RowPlan(plan.exit, plan.cached, methods, plan.window or 0, plan.adapter)
 
@@ -143,7 +144,7 @@ def _with_memory(plans: Sequence[RowPlan | None]) -> list[RowPlan | None]:
         if plan is None:
             result.append(None)
             continue
-        keep = frozenset(key for key in live if _computes(plan, key))
+        keep = frozenset(key for key in live if computes(plan, key))
         result.append(replace(plan, keep=keep, live=live))
         live = (live - keep) | _reads(plan)
     if live:
@@ -165,7 +166,8 @@ def _reads(plan: RowPlan) -> frozenset[Key]:
     return frozenset(keys)
 
 
-def _computes(plan: RowPlan, key: Key) -> bool:
+def computes(plan: RowPlan, key: Key) -> bool:
+    """Whether a forward under this plan has the feature to remember."""
     match key:
         case ("level", level):
             return plan.exit is None or plan.exit.level > level

@@ -84,6 +84,16 @@ class Trajectory:
 
     def advance(self, conditional: Tensor, unconditional: Tensor | None) -> None:
         """Take one scheduler step along the prediction and forget what no later step wants."""
+        plan = self.plan
+        self.follow(conditional, unconditional)
+        for role, row in (("conditional", plan.conditional), ("unconditional", plan.unconditional)):
+            if row is not None:
+                memory = self.memory[role]  # type: ignore[index]
+                for key in memory.keys() - row.live:
+                    del memory[key]
+
+    def follow(self, conditional: Tensor, unconditional: Tensor | None) -> None:
+        """Take one scheduler step along the prediction."""
         prediction = guided(conditional, unconditional, self.guidance_scale)
         if prediction.shape[1] != self.latents.shape[1]:
             prediction = prediction.chunk(2, dim=1)[0]  # learned variance, which these schedulers do not use
@@ -93,12 +103,6 @@ class Trajectory:
         self.latents = self.scheduler.step(
             prediction, self.timestep, self.latents, **{**self.step_options, **options}, return_dict=False
         )[0]
-        plan = self.plan
-        for role, row in (("conditional", plan.conditional), ("unconditional", plan.unconditional)):
-            if row is not None:
-                memory = self.memory[role]  # type: ignore[index]
-                for key in memory.keys() - row.live:
-                    del memory[key]
         self.step += 1
 
     def preview(self) -> Tensor:

@@ -112,7 +112,7 @@ def _read(directory: Path, class_name: str, dtype: torch.dtype, overrides: Mappi
     cls: type[DiffusionPipeline] = getattr(diffusers, class_name)
     try:
         pipeline = cls.from_pretrained(
-            directory, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **overrides
+            directory, dtype=dtype, use_safetensors=True, local_files_only=True, **overrides
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"{directory}: {error}") from error

@@ -17,7 +17,7 @@ from models.rows import Conditioning, Row
 from models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from models.macs import MacCounter
+    from models.mac_counter import MacCounter
 
 
 class Network(Protocol):

@@ -188,7 +188,7 @@ def truncate(unet: Any, depth: int) -> None:
     """
     left = depth - 1  # conv_in is the first
     for block in unet.down_blocks:
-        count = min(len(block.resnets), left)
+        count = min(len(block.resnets), max(left, 0))
         _cut(block, slice(0, count))
         left -= count
         if getattr(block, "downsamplers", None) is not None:
