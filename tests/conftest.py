@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from models import Backbone, load
 from tests.pipelines import save_pipeline
@@ -34,3 +36,18 @@ def backbone_of(pipeline_dir: Callable[[str], Path]) -> Callable[..., Backbone]:
         return loaded[layout, dtype]
 
     return backbone
+
+
+@pytest.fixture(scope="session")
+def pipeline_of(pipeline_dir: Callable[[str], Path]) -> Callable[..., Any]:
+    """The diffusers pipeline of a layout. Copy it before changing it: all tests share it."""
+    loaded: dict[tuple[str, torch.dtype], Any] = {}
+
+    def pipeline(layout: str, dtype: torch.dtype = torch.float32) -> Any:
+        if (layout, dtype) not in loaded:
+            pipe = DiffusionPipeline.from_pretrained(pipeline_dir(layout), dtype=dtype, local_files_only=True)
+            pipe.set_progress_bar_config(disable=True)
+            loaded[layout, dtype] = pipe
+        return loaded[layout, dtype]
+
+    return pipeline

@@ -146,18 +146,21 @@ def _dit() -> DiTPipeline:
     return DiTPipeline(transformer=transformer, vae=_vae(), scheduler=_scheduler())
 
 
-def _pixart(sigma: bool) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
+def _pixart(sigma: bool, **options: Any) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
     transformer = PixArtTransformer2DModel(
-        sample_size=16,
-        num_layers=6,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        in_channels=4,
-        out_channels=8 if sigma else 4,
-        cross_attention_dim=32,
-        caption_channels=32,
-        use_additional_conditions=False,
+        **{
+            "sample_size": 16,
+            "num_layers": 6,
+            "patch_size": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "in_channels": 4,
+            "out_channels": 8 if sigma else 4,
+            "cross_attention_dim": 32,
+            "caption_channels": 32,
+            "use_additional_conditions": False,
+            **options,
+        }
     )
     cls = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
     return cls(
@@ -172,6 +175,14 @@ _MAKERS: dict[str, Any] = {
     "dit": _dit,
     "pixart-alpha": lambda: _pixart(sigma=False),
     "pixart-sigma": lambda: _pixart(sigma=True),
+    "pixart-alpha-1024": lambda: _pixart(
+        sigma=False,
+        sample_size=128,
+        num_layers=2,
+        attention_head_dim=12,
+        cross_attention_dim=48,
+        use_additional_conditions=True,
+    ),
 }
 
 
