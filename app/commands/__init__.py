@@ -1,0 +1,1 @@
+"""The subcommands of `slipstream`: each module registers one."""

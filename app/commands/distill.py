@@ -1,0 +1,66 @@
+"""`slipstream distill`: train the single-pass student of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("distill")(distill)
+
+
+def distill(
+    model: Annotated[str, typer.Option(help="Bundled name, directory in diffusers' layout, or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the LoRA file and the checkpoints.")],
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="The scale to bake in; default the model's.", min=1.0)
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, max=256, help="Rank of the adapter.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 1e-3,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="'trajectories' of the teacher, noised 'shapes', or a directory of pictures with .txt captions."
+        ),
+    ] = "trajectories",
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one a line, for trajectories.")] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(min=1, help="DDIM steps of a trajectory; default the model's.")
+    ] = None,
+    ema_decay: Annotated[
+        float, typer.Option(min=0.0, max=0.9999, help="Moving average of the adapter; 0 for none.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Distil guidance into a LoRA that needs one row a step. An interrupted run goes on where it was."""
+    from models.errors import SlipstreamError
+    from models.training import distill as train
+
+    lines = prompts.read_text().splitlines() if prompts is not None else []
+    try:
+        file = train(
+            model,
+            output,
+            guidance_scale=guidance_scale,
+            rank=rank,
+            steps=steps,
+            batch=batch,
+            learning_rate=learning_rate,
+            data=data,
+            prompts=[line.strip() for line in lines if line.strip()],
+            num_inference_steps=num_inference_steps,
+            ema_decay=ema_decay,
+            seed=seed,
+            device=device,
+        )
+    except SlipstreamError as error:
+        typer.echo(f"slipstream distill: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(f"{file} ({file.stat().st_size / 1e6:.2f} MB)")

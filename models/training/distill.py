@@ -1,0 +1,189 @@
+"""Distilling guidance into a LoRA: one row a step instead of two (arXiv:2312.00899). Resumable, no pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from models.backbones import load
+from models.backbones.base import Backbone
+from models.errors import RequestError, WrongBackbone
+from models.training.loop import Options, fit
+from models.training.student import Pair
+from models.training.student_data import (
+    Batch,
+    Noised,
+    Prompts,
+    Source,
+    Trajectories,
+    read_pictures,
+    shape_pictures,
+    shape_prompts,
+)
+
+RENDERED_PICTURES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is distilled and how. `data` is "trajectories", "shapes" (rendered scenes, noised) or a directory."""
+
+    model: str
+    guidance_scale: float
+    rank: int
+    steps: int
+    batch: int
+    learning_rate: float
+    data: str
+    num_inference_steps: int
+    ema_decay: float
+    seed: int
+
+
+class DistillTask:
+    """Squared error between the student's one row and the teacher's guided pair."""
+
+    name = "student"
+
+    def __init__(self, pair: Pair, source: Source, learning_rate: float) -> None:
+        self._pair, self._source, self._rate = pair, source, learning_rate
+        self.module = nn.Module()
+        self.module.weights = nn.ParameterList(pair.parameters)
+        self.module.source = source
+        self._error: Tensor | None = None  # of the student, and of the bare conditional row; running means
+
+    def optimizers(self) -> Sequence[Optimizer]:
+        return [torch.optim.AdamW(self._pair.parameters, lr=self._rate, betas=(0.9, 0.99), weight_decay=0.0)]
+
+    def loss(self, generator: torch.Generator) -> Tensor:
+        batch = self._source.batch(generator)
+        target, conditional = self._pair.teacher(*batch)
+        loss = F.mse_loss(self._pair.student(batch.x, batch.t, batch.conditional).float(), target.float())
+        self._source.advance(target)
+        now = torch.stack([loss.detach(), F.mse_loss(conditional.float(), target.float())])
+        self._error = now if self._error is None else self._error.lerp(now, 0.05)
+        return loss
+
+    def preview(self, folder: Path, step: int) -> str:
+        if self._error is None:
+            return "nothing left to do"
+        student, plain = self._error.tolist()
+        return f"squared error {student:.5f}, of the conditional row without adapter {plain:.5f}"
+
+
+def distill(
+    model: str | Path,
+    output: str | Path,
+    *,
+    guidance_scale: float | None = None,
+    rank: int = 8,
+    steps: int = 1000,
+    batch: int = 16,
+    learning_rate: float = 1e-3,
+    data: str | Path = "trajectories",
+    prompts: Sequence[str] = (),
+    num_inference_steps: int | None = None,
+    ema_decay: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+    checkpoint_seconds: float = 60.0,
+) -> Path:
+    """Train a single-pass student of `model` (name, directory or hub id) and return its LoRA file in `output`.
+
+    `data` is "trajectories" (the teacher's own guided DDIM runs of `num_inference_steps`, prompts only), "shapes"
+    (noised rendered scenes), or a directory of pictures with captions, noised. Where `prompts` are empty, a model of
+    the shapes world gets its captions. An interrupted run goes on where it was; a finished one returns at once.
+    Raises `RequestError` for settings that cannot be distilled or that differ from the interrupted run's.
+    """
+    output = Path(output)
+    backbone = load(str(model), device=device, dtype=torch.float32, adapters={}, plans={})
+    if backbone.spec.layout == "dit":
+        raise WrongBackbone("model", "a class-conditional model has no prompts to distil on")
+    scale = backbone.spec.default_guidance_scale if guidance_scale is None else guidance_scale
+    if scale <= 1.0:
+        raise RequestError("guidance_scale", f"{scale:g} needs one row anyway; a student is for scales above 1")
+    count = num_inference_steps or backbone.spec.default_steps
+    settings = Settings(
+        model=backbone.spec.config_hash,
+        guidance_scale=scale,
+        rank=rank,
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        data=str(data),
+        num_inference_steps=count,
+        ema_decay=ema_decay,
+        seed=seed,
+    )
+    folder = output / "training"
+    _remember(folder, settings)
+    pair = Pair(backbone, scale, rank, seed)
+    source = _source(backbone, settings, prompts)
+    if isinstance(source, Trajectories) and not (folder / "student.safetensors").exists():
+        source.spread(lambda one: pair.teacher(*one)[0])
+    options = Options(
+        folder=folder,
+        steps=steps,
+        seed=seed,
+        warmup=20,
+        decay_share=0.6,
+        ema_decay=ema_decay,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    fit(DistillTask(pair, source, learning_rate), options)
+    return pair.save(output, metadata(settings))
+
+
+def metadata(settings: Settings) -> dict[str, Any]:
+    """What the adapter file says of itself."""
+    return {
+        "guidance_scale": settings.guidance_scale,
+        "negative_prompt": "",
+        "rank": settings.rank,
+        "lora_alpha": settings.rank,
+        "config_hash": settings.model,
+        "steps": settings.steps,
+        "num_inference_steps": settings.num_inference_steps,
+        "data": "trajectories" if settings.data == "trajectories" else "noised",
+    }
+
+
+def _source(backbone: Backbone, settings: Settings, prompts: Sequence[str]) -> Source:
+    steps, rows = settings.num_inference_steps, settings.batch
+    if settings.data == "trajectories":
+        return Trajectories(backbone, steps, _prompts(backbone, prompts, settings.seed), rows, settings.seed)
+    shapes = settings.data == "shapes"
+    pictures = shape_pictures(RENDERED_PICTURES, settings.seed) if shapes else read_pictures(Path(settings.data))
+    return Noised(backbone, steps, pictures, rows)
+
+
+def _prompts(backbone: Backbone, prompts: Sequence[str], seed: int) -> Prompts:
+    if prompts:
+        return lambda number: prompts[number % len(prompts)]
+    if backbone.spec.prompt_grammar is None:
+        raise RequestError("prompts", f"{backbone.spec.name} does not say what it draws; give prompts to distil on")
+    return shape_prompts(seed)
+
+
+def _remember(folder: Path, settings: Settings) -> None:
+    """Write the settings of a new run; hold those of an interrupted one against them."""
+    file = folder / "settings.json"
+    if file.is_file():
+        before, now = json.loads(file.read_text()), asdict(settings)
+        for name in now:
+            if before.get(name) != now[name]:
+                raise RequestError(name, f"{now[name]} differs from {before.get(name)} of the run in {folder}")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+
+
+__all__ = ["Batch", "DistillTask", "Settings", "distill"]
