@@ -47,7 +47,7 @@ def search_warp(
         raise RequestError("image", "the warp is searched on image-to-image requests")
     reference = _pictures(backbone, requests, reference_steps, 1.0)
     saved = json.loads(checkpoint.read_text()) if checkpoint is not None and checkpoint.is_file() else {}
-    tried = {float(gamma): psnr for gamma, psnr in saved.items()}
+    tried: dict[float, float] = {float(gamma): psnr for gamma, psnr in saved.items()}
 
     def score(gamma: float) -> float:
         if gamma not in tried:
@@ -82,4 +82,4 @@ def _pictures(backbone: Backbone, requests: Sequence[Request], steps: int, gamma
 
 def _psnr(references: Sequence[np.ndarray], pictures: Sequence[np.ndarray]) -> float:
     errors = [float(np.mean((a.astype(float) - b) ** 2)) for a, b in zip(references, pictures, strict=True)]
-    return sum(10 * math.log10(255**2 / max(error, 1e-3)) for error in errors) / len(errors)
+    return math.fsum(10 * math.log10(255**2 / max(error, 1e-3)) for error in errors) / len(errors)
