@@ -1,0 +1,105 @@
+"""`slipstream generate`: pictures without a server, by the same engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image, UnidentifiedImageError
+
+from app.commands.grammar import parse
+from app.commands.options import (
+    AccelerationOption,
+    AdapterOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    OutputOption,
+    PlanOption,
+    ScaleOption,
+    SchedulerOption,
+    SizeOption,
+    StepsOption,
+    console,
+    parse_named,
+    parse_size,
+    progress_bar,
+)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    model: ModelOption = "shapes-sd",
+    steps: StepsOption = None,
+    guidance_scale: ScaleOption = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    seed: Annotated[int, typer.Option(help="The noise; image i is drawn from seed + i.")] = 0,
+    num_images: Annotated[int, typer.Option(help="How many.")] = 1,
+    scheduler: SchedulerOption = None,
+    size: SizeOption = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to start from (image-to-image).")] = None,
+    strength: Annotated[float, typer.Option(help="How much of it to redo, 0 to 1.")] = 0.8,
+    timestep_warp: Annotated[float, typer.Option(help="γ of warped time steps.")] = 1.0,
+    class_label: Annotated[int | None, typer.Option(help="The class, for class-conditional models.")] = None,
+    acceleration: AccelerationOption = None,
+    adapter: AdapterOption = None,
+    plan: PlanOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    output: OutputOption = Path("image.png"),
+) -> None:
+    """Draw one prompt and write it to a file; several images get -0, -1 … before the suffix."""
+    from models import Request, load
+    from models import generate as run
+
+    width, height = parse_size(size)
+    accelerators = [accelerator for text in acceleration or () for accelerator in parse(text)]
+    backbone = load(
+        model,
+        device=device,
+        dtype=dtype,
+        adapters=parse_named(adapter, "--adapter"),
+        plans=parse_named(plan, "--plan"),
+    )
+    request = Request(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        num_images=num_images,
+        scheduler=scheduler,
+        image=_open(image),
+        strength=strength,
+        timestep_warp=timestep_warp,
+        class_label=class_label,
+        acceleration=accelerators,
+    )
+    with progress_bar("denoising") as bar:
+        task = bar.task_ids[0]
+        result = run(backbone, [request], progress=lambda done, total: bar.update(task, completed=done, total=total))[0]
+    for i, picture in enumerate(result.images):
+        path = output if num_images == 1 else output.with_stem(f"{output.stem}-{i}")
+        picture.save(path)
+        console.print(f"[bold]{path}[/bold]  seed {result.seeds[i]}")
+    usage = result.usage
+    saved = 1 - usage.macs / usage.macs_unaccelerated
+    console.print(f"{usage.steps} steps, {usage.rows} rows, {usage.macs / 1e9:.3f} GMACs ({saved:.0%} saved)")
+
+
+def _open(path: Path | None) -> Image.Image | None:
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise typer.BadParameter(f"{path}: {error}", param_hint="--image") from error
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(generate)
