@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -136,6 +137,10 @@ class RowAttention:
                 down, up = term  # [rank, in], [out, rank], scaled
                 y[part.start : part.stop] += F.linear(F.linear(x[part.start : part.stop], down), up)
         return y
+
+
+# diffusers asks for this signature at every call; keeping it spares the look-up.
+RowAttention.__call__.__signature__ = inspect.signature(RowAttention.__call__)  # type: ignore[attr-defined]
 
 
 def install(network: nn.Module, blocks: Sequence[nn.Module] = ()) -> None:
