@@ -82,7 +82,8 @@ def _see(pixels: Array, base: Array, nearest: NDArray[np.int64], mask: NDArray[n
     inside = core if core.sum() >= 6 else mask
     colour = int(np.bincount(nearest[inside]).argmax())
     line = np.median(pixels[inside], axis=0) - base
-    cover = np.clip((pixels - base) @ line / max(float(line @ line), 1.0), 0.0, 1.0) * _grow(mask)
+    depth = (pixels - base) @ line / max(float(line @ line), 1.0)
+    cover = (depth.clip(0.0, 1.0) * _grow(mask)).astype(np.float32)
     y, x = ((int(index.min()) + int(index.max())) / 2 for index in np.nonzero(mask))
     likeness, (size, shape) = _best_template(_window(cover, round(x), round(y)))
     known = likeness >= MINIMAL_LIKENESS
@@ -94,7 +95,8 @@ def _grow(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     grown = np.pad(mask, 1)
     rows, columns = mask.shape
     shifts = [grown[y : y + rows, x : x + columns] for y in range(3) for x in range(3)]
-    return np.logical_or.reduce(shifts)
+    union: NDArray[np.bool_] = np.any(shifts, axis=0)
+    return union
 
 
 def _window(cover: Array, x: int, y: int) -> Array:

@@ -48,9 +48,8 @@ def encode_captions(text: TextEncoder, scenes: list[Scene | None]) -> Encoded:
     """The captions of `scenes` (None: the empty caption), encoded in half precision."""
     captions = [scene.caption if scene else "" for scene in scenes]
     parts = [text(captions[start : start + 256]) for start in range(0, len(captions), 256)]
-    return Encoded(
-        torch.cat([part.tokens.half().cpu() for part in parts]), torch.cat([part.mask.cpu() for part in parts])
-    )
+    tokens = torch.cat([part.tokens.float().cpu() for part in parts])
+    return Encoded(tokens.half(), torch.cat([part.mask.cpu() for part in parts]))
 
 
 def _scenes(count: int) -> list[Scene]:
@@ -62,7 +61,8 @@ def _encode_scenes(vae: AutoencoderKL, count: int) -> Tensor:
     rng = random.Random(SEED)
     scenes = _scenes(count)
     parts = []
-    for start in range(0, count, 64):
-        images = pictures.to_tensor(render(scene, rng) for scene in scenes[start : start + 64])
-        parts.append(vae.encode(images.to(vae.device)).latent_dist.mean.half().cpu())
-    return torch.cat(parts)
+    for start in range(0, count, 16):
+        images = pictures.to_tensor(render(scene, rng) for scene in scenes[start : start + 16])
+        images = images.to(vae.device, memory_format=torch.channels_last)  # convolutions on a CPU are 5 times faster so
+        parts.append(vae.encode(images).latent_dist.mean.float().cpu())
+    return torch.cat(parts).half().contiguous()

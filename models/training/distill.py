@@ -125,7 +125,7 @@ def distill(
     )
     folder = output / "training"
     _remember(folder, settings)
-    pair = Pair(backbone, scale, rank, seed)
+    pair = Pair(backbone.network.module, scale, rank, seed)
     source = _source(backbone, settings, prompts)
     if isinstance(source, Trajectories) and not (folder / "student.safetensors").exists():
         source.spread(lambda one: pair.teacher(*one)[0])

@@ -17,8 +17,11 @@ from models.training.progress import Progress
 class Task(Protocol):
     """What a stage gives to the loop."""
 
-    name: str
-    module: nn.Module
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def module(self) -> nn.Module: ...
 
     def optimizers(self) -> Sequence[Optimizer]:
         """Fresh optimizers whose learning rates are the peak ones."""
@@ -72,13 +75,14 @@ def fit(task: Task, options: Options) -> None:
     saved = previewed = seconds
     parameters = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
     generator = torch.Generator()
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.autocast)
     task.module.train()
     with Progress(task.name) as progress:
         while (share := options.share_done(step, seconds)) < 1.0:
             started = time.perf_counter()
             generator.manual_seed(options.seed * 1_000_003 + step)
             _set_rates(optimizers, peaks, options.rate(step, share))
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.autocast):
+            with autocast:
                 loss = task.loss(generator)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters, options.clip)
@@ -93,13 +97,15 @@ def fit(task: Task, options: Options) -> None:
                 checkpoint.save(path, task.module, ema, optimizers, {"step": step, "seconds": seconds})
                 saved = seconds
             if seconds - previewed > options.preview_seconds:
-                progress.say(f"step {step}: {_preview(task, ema, options.folder, step)}")
+                with autocast:
+                    progress.say(f"step {step}: {_preview(task, ema, options.folder, step)}")
                 previewed = seconds
         if seconds > saved or not path.exists():
             checkpoint.save(path, task.module, ema, optimizers, {"step": step, "seconds": seconds})
         task.module.load_state_dict(ema)
         task.module.eval()
-        progress.say(f"done at step {step}: {task.preview(options.folder, step)}")
+        with autocast:
+            progress.say(f"done at step {step}: {task.preview(options.folder, step)}")
 
 
 def _set_rates(optimizers: Sequence[Optimizer], peaks: list[list[float]], factor: float) -> None:

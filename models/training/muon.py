@@ -26,7 +26,7 @@ class MatrixMuon(Muon):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         for kernel, matrix in zip(self._kernels, self._matrices, strict=True):
             matrix.grad = None if kernel.grad is None else kernel.grad.view(len(kernel), -1)
-        return super().step(closure)
+        return super().step(closure)  # type: ignore[no-untyped-call]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

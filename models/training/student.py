@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.adapters import TARGETS, WEIGHT_NAME
-from models.backbones.base import Backbone
 from models.guidance import guided
 from models.rows import Conditioning
 
@@ -27,8 +26,8 @@ from models.rows import Conditioning
 class Pair:
     """The teacher and the student in one frozen network with one trainable adapter of rank `rank`."""
 
-    def __init__(self, backbone: Backbone, guidance_scale: float, rank: int, seed: int = 0) -> None:
-        self.network: Any = backbone.network.module
+    def __init__(self, network: nn.Module, guidance_scale: float, rank: int, seed: int = 0) -> None:
+        self.network: Any = network.requires_grad_(False)
         self.guidance_scale = guidance_scale
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -78,7 +77,7 @@ class Pair:
 
 
 def predict(network: Any, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-    """diffusers' own forward, with gradient: latents x [rows, channels, h, w] at times t [rows] to a prediction like x."""
+    """diffusers' own forward, with gradient: x [rows, channels, h, w] at times t [rows] to a prediction like x."""
     given = dict(conditioning)
     options: dict[str, Any] = {"encoder_hidden_states": given.pop("encoder_hidden_states")}
     if isinstance(network, PixArtTransformer2DModel):

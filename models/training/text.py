@@ -120,7 +120,7 @@ class TextTask:
 
     def __init__(self, family: str, device: torch.device, batch: int = 128, lr: float = 1e-3) -> None:
         self.name = f"text-{family}"
-        self.module: nn.Module = _Reader(family).to(device)
+        self.module = _Reader(family).to(device)
         self._batch, self._lr = batch, lr
 
     def optimizers(self) -> Sequence[Optimizer]:

@@ -1,14 +1,16 @@
 """Tokenizers of the bundled models: every word of the grammar is one token, anything else falls apart into letters."""
 
-import json
 import string
+from collections.abc import Sequence
+from itertools import pairwise
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from models.training.shapes import COLOURS, RADII, RELATIONS, SHAPES
 
 MAX_TOKENS = 24  # the longest caption takes 18
+_WORD_END = "</w>"
 
 
 def words() -> list[str]:
@@ -19,17 +21,34 @@ def words() -> list[str]:
 
 def clip_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level BPE with just enough merges that each word is one token."""
-    suffix = "</w>"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix=suffix))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix=suffix, show_progress=False)
-    bpe.train_from_iterator(words(), trainer)
-    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-    letters = [*alphabet, *(letter + suffix for letter in alphabet)]
-    pieces = dict.fromkeys([*letters, *map("".join, merges), "<|startoftext|>", "<|endoftext|>"])
+    pieces = [*alphabet, *(letter + _WORD_END for letter in alphabet)]
+    merges = _merges(words())
+    pieces = list(dict.fromkeys([*pieces, *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]))
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _merges(vocabulary: Sequence[str]) -> list[tuple[str, str]]:
+    """Merges under which each word becomes one piece.
+
+    A word first goes through the merges of the words before it; what is left is joined from the front. Later merges
+    rank lower, so they never disturb an earlier word. (BpeTrainer breaks ties differently from run to run.)
+    """
+    merges: list[tuple[str, str]] = []
+    for word in vocabulary:
+        while len(pieces := _split(word, merges)) > 1:
+            merges.append((pieces[0], pieces[1]))
+    return merges
+
+
+def _split(word: str, merges: Sequence[tuple[str, str]]) -> list[str]:
+    """Byte-pair encoding: the pair of the lowest rank is joined until no known pair is left."""
+    pieces = [*word[:-1], word[-1] + _WORD_END]
+    while known := [pair for pair in pairwise(pieces) if pair in merges]:
+        at = list(pairwise(pieces)).index(min(known, key=merges.index))
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    return pieces
 
 
 def t5_tokenizer() -> T5Tokenizer:

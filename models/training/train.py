@@ -21,7 +21,7 @@ from models.training.vae import VaeTask, whiten
 
 STAGES = ("vae", "text", "denoiser", "validate", "export")
 FAMILIES = {"shapes-sd": "clip", "shapes-dit": "t5"}
-SCENES = 60_000
+SCENES = 40_000
 BUNDLED = Path(__file__).parent.parent / "bundled"
 
 
@@ -72,6 +72,10 @@ def _options(arguments: argparse.Namespace, steps: int) -> Options:
     )
 
 
+def _autocast(arguments: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.precision == "bfloat16")
+
+
 def _vae(arguments: argparse.Namespace) -> None:
     if (arguments.folder / "vae").exists():
         return
@@ -92,14 +96,16 @@ def _text(arguments: argparse.Namespace) -> None:
 
 def _denoiser(arguments: argparse.Namespace) -> None:
     vae, text, network = _parts(arguments)
-    data = dataset.build(vae, text, arguments.folder, arguments.scenes)
+    with _autocast(arguments):
+        data = dataset.build(vae, text, arguments.folder, arguments.scenes)
     fit(DenoiserTask(arguments.model, network, data, vae, text, arguments.batch), _options(arguments, 20_000))
 
 
 def _validate(arguments: argparse.Namespace) -> None:
     vae, text, network = _parts(arguments, trained=True)
     for scale in arguments.scales:
-        result = validation.validate(network, vae, text, arguments.captions, scale)
+        with _autocast(arguments):
+            result = validation.validate(network, vae, text, arguments.captions, scale)
         print(f"{arguments.model}, {arguments.captions} captions, guidance scale {scale}: {result}", flush=True)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from models.training import pictures
@@ -41,7 +41,7 @@ class VaeTask:
     name = "vae"
 
     def __init__(self, device: torch.device, batch: int = 16, lr: float = 2e-3) -> None:
-        self.module: nn.Module = build().to(device)
+        self.module = build().to(device)
         self._device, self._batch, self._lr = device, batch, lr
         self._held_out = list(islice(sample_scenes(1, held_out=True), 64))
 
@@ -57,12 +57,13 @@ class VaeTask:
         error = rebuilt - images
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        return error.square().mean() + EDGE_WEIGHT * (error.abs().mean() + edges) + KL_WEIGHT * kl
+        loss: Tensor = error.square().mean() + EDGE_WEIGHT * (error.abs().mean() + edges) + KL_WEIGHT * kl
+        return loss
 
     @torch.no_grad()
     def preview(self, folder: Path, step: int) -> str:
         images = _render(self._held_out, 1).to(self._device)
-        latents = [self.module.encode(part).latent_dist.mean for part in images.split(16)]
+        latents = [self.module.encode(part).latent_dist.mean for part in _parts(images)]
         rebuilt = torch.cat([self.module.decode(part).sample for part in latents])
         pairs = [picture for both in zip(images, rebuilt, strict=True) for picture in both][:32]
         pictures.save_grid(pictures.to_pictures(torch.stack(pairs)), folder / f"vae-{step:06d}.png")
@@ -77,7 +78,7 @@ def whiten(vae: AutoencoderKL, count: int = 1024) -> None:
     and a schedule that ends in pure noise wants none. What the decoder gives is unchanged.
     """
     images = _render(islice(_training_scenes(2), count), 2).to(vae.device)
-    latents = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(32)])
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in _parts(images)])
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     channels = mean.numel()
     encode, decode = vae.quant_conv, vae.post_quant_conv
@@ -95,3 +96,7 @@ def _training_scenes(seed: int) -> Iterator[Scene]:
 def _render(scenes: Iterator[Scene] | Sequence[Scene], seed: int) -> Tensor:
     rng = random.Random(seed)
     return pictures.to_tensor(render(scene, rng) for scene in scenes)
+
+
+def _parts(images: Tensor) -> list[Tensor]:
+    return [images[start : start + 32] for start in range(0, len(images), 32)]

@@ -1,0 +1,5 @@
+"""What an accelerator costs in quality: metrics, and evaluations of any set of accelerators on a model."""
+
+from models.quality.evaluate import Evaluation, evaluate
+
+__all__ = ["Evaluation", "evaluate"]

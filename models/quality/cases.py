@@ -1,0 +1,145 @@
+"""Which runs an evaluation makes: each acceleration, and beside it the controls that keep it honest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from models.accelerators import (
+    Accelerator,
+    CfgStudent,
+    DeepCache,
+    DeltaDiT,
+    DiTFastAttn,
+    SelectiveGuidance,
+)
+from models.backbones.base import Backbone
+from models.macs import Usage, usage
+from models.plan import StepPlan
+from models.request import Request
+from models.resolve import resolve
+from models.spec import ModelSpec
+
+Kind = Literal["baseline", "unguided", "accelerated", "same_macs", "zeros", "full_steps"]
+Acceleration = Sequence[Accelerator]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the evaluation. `of` is the acceleration that a control belongs to, by its label."""
+
+    label: str
+    kind: Kind
+    num_inference_steps: int
+    accelerators: tuple[Accelerator, ...] = ()
+    guidance_scale: float | None = None
+    of: str | None = None
+
+    def request(self, prompt: str, seed: int) -> Request:
+        """This run for one picture."""
+        return Request(
+            prompt=prompt,
+            seed=seed,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            acceleration=self.accelerators,
+        )
+
+
+class ZerosInMemory(DeepCache):
+    """Negative control of DeepCache: zeros where it would put the remembered features. Never offered to requests."""
+
+    def plan(self, step: int, num_steps: int) -> StepPlan:
+        """DeepCache's plan, with an exit that remembers nothing."""
+        plan = super().plan(step, num_steps)
+        return plan if plan.exit is None else StepPlan(exit=replace(plan.exit, remembered=False))
+
+
+def cases(backbone: Backbone, accelerations: Sequence[Acceleration], num_inference_steps: int) -> list[Case]:
+    """The baseline, each acceleration and its controls, in the order of the table.
+
+    Raises a `RequestError` for an acceleration that does not fit the model or the run.
+    """
+    plain = Case("plain", "baseline", num_inference_steps)
+    found = [plain]
+    for acceleration in accelerations:
+        case = replace(plain, label=label(acceleration), kind="accelerated", accelerators=tuple(acceleration))
+        found += [case, _same_macs(backbone, plain, case)]
+        student = any(isinstance(accelerator, CfgStudent) for accelerator in acceleration)
+        if student and not any(one.kind == "unguided" for one in found):
+            found.append(replace(plain, label="no guidance", kind="unguided", guidance_scale=1.0, of=case.label))
+        for accelerator in acceleration:
+            if isinstance(accelerator, DeepCache):
+                found += _deepcache(case, accelerator)
+    return found
+
+
+def cost(backbone: Backbone, case: Case) -> Usage:
+    """Steps, rows and MACs of one picture, without making it."""
+    return usage(backbone, resolve(backbone.spec, backbone.scheduler_config, case.request(_any_prompt(backbone), 0)))
+
+
+def label(acceleration: Acceleration) -> str:
+    """An acceleration in the grammar of the command line, as it was written."""
+    return "+".join(_label(accelerator) for accelerator in acceleration) or "none"
+
+
+def defaults(spec: ModelSpec) -> list[Acceleration]:
+    """What is evaluated of a model where nothing is named: every accelerator for text-to-image, at a few settings."""
+    runs: list[Acceleration] = [[SelectiveGuidance(stop=stop)] for stop in (0.8, 0.5)]
+    students = [[CfgStudent(adapter=name)] for name in spec.adapters]
+    if spec.family == "unet":
+        caches: list[Accelerator] = [
+            DeepCache(interval=2),
+            DeepCache(interval=3),
+            DeepCache(interval=5),
+            DeepCache(interval=5, branch=1),
+        ]
+    else:
+        caches = [DeltaDiT(interval=2), DeltaDiT(interval=3)]
+        caches += [DiTFastAttn.model_validate({"plan": name}) for name in spec.plans]
+    runs = [[cache] for cache in caches] + runs + [list(student) for student in students]
+    return runs + [[*student, caches[0]] for student in students]
+
+
+def _same_macs(backbone: Backbone, plain: Case, case: Case) -> Case:
+    """As many plain steps as the acceleration's MACs pay for, rounded down."""
+    full = cost(backbone, plain)
+    steps = max(1, cost(backbone, case).macs * full.steps // full.macs)
+    return replace(
+        plain,
+        label=f"{steps} plain step{'s' * (steps > 1)}",
+        kind="same_macs",
+        num_inference_steps=steps,
+        of=case.label,
+    )
+
+
+def _deepcache(case: Case, cache: DeepCache) -> list[Case]:
+    zeros = ZerosInMemory(**cache.model_dump())
+    accelerators = tuple(zeros if accelerator is cache else accelerator for accelerator in case.accelerators)
+    steps = case.num_inference_steps
+    full = sum(cache.plan(step, steps).exit is None for step in range(steps))
+    others = tuple(accelerator for accelerator in case.accelerators if accelerator is not cache)
+    return [
+        replace(case, label="zeros in place of the memory", kind="zeros", accelerators=accelerators, of=case.label),
+        replace(
+            case,
+            label=f"the {full} full step{'s' * (full > 1)} alone",
+            kind="full_steps",
+            num_inference_steps=full,
+            accelerators=others,
+            of=case.label,
+        ),
+    ]
+
+
+def _label(accelerator: Accelerator) -> str:
+    values = accelerator.model_dump(by_alias=True, exclude_unset=True, exclude={"mode"})
+    settings = ",".join(f"{key}={value}" for key, value in values.items() if isinstance(value, str | int | float))
+    return f"{accelerator.mode}:{settings}" if settings else accelerator.mode
+
+
+def _any_prompt(backbone: Backbone) -> str:
+    return next(iter(backbone.spec.examples), "a picture")

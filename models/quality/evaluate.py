@@ -1,0 +1,161 @@
+"""Running accelerators and their controls over many captions and seeds, and measuring what came out."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+from torch import Tensor
+
+from models.backbones.base import Backbone
+from models.errors import RequestError
+from models.generate import generate
+from models.quality import metrics
+from models.quality.cases import Acceleration, Case, cases, cost, defaults
+from models.training import classifier
+from models.training.validation import held_out_captions
+
+REFERENCES = 2048  # rendered pictures behind every Fréchet distance
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of the table. Rows, MACs and seconds are those of one picture; `speedup` is the wall ratio.
+
+    `psnr` and `ssim` are means against the unaccelerated picture of the same seed; `alignment` is the share of pictures
+    that keep each claim of their caption; it and `frechet` are None outside the world of shapes.
+    """
+
+    case: Case
+    rows: int
+    macs: int
+    mac_ratio: float
+    seconds: float
+    speedup: float
+    psnr: float | None
+    ssim: float | None
+    alignment: dict[str, float] | None
+    frechet: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All lines, and the first pictures of every run under the same seeds for the contact sheet."""
+
+    model: str
+    pictures: int
+    captions: list[str]
+    device: str
+    dtype: str
+    scores: list[Score]
+    samples: list[list[Image.Image]] = field(repr=False)
+
+
+@dataclass
+class _Run:
+    """What one case has made so far."""
+
+    case: Case
+    pictures: list[Image.Image] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # one a chunk
+
+
+def evaluate(
+    backbone: Backbone,
+    accelerations: Sequence[Acceleration] = (),
+    *,
+    captions: int | Sequence[str] = 64,
+    seeds: int = 1,
+    num_inference_steps: int | None = None,
+    chunk: int = 32,
+    samples: int = 10,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Draw every caption with every seed under each acceleration and control, and measure.
+
+    `captions` is how many held-out captions of the shapes world to draw, or the prompts themselves. The runs take turns
+    after every `chunk` pictures, so that a machine that slows down slows them all. Without `accelerations`, those that
+    fit the model. Raises a `RequestError` for one that does not.
+    """
+    prompts = _prompts(backbone, captions)
+    pairs = [(prompt, 1000 * seed + i) for seed in range(seeds) for i, prompt in enumerate(prompts)]
+    steps = num_inference_steps or backbone.spec.default_steps
+    chosen = cases(backbone, accelerations or defaults(backbone.spec), steps)
+    runs = {_key(case): _Run(case) for case in chosen}
+    generate(backbone, [chosen[0].request(*pairs[0])])  # warm
+    done, total = 0, len(pairs) * len(runs)
+    for start in range(0, len(pairs), chunk):
+        part = pairs[start : start + chunk]
+        backbone.conditioner.encode(["", *(prompt for prompt, _ in part)])
+        for run in runs.values():
+            began = time.perf_counter()
+            results = generate(backbone, [run.case.request(prompt, seed) for prompt, seed in part])
+            run.seconds.append(time.perf_counter() - began)
+            run.pictures += [result.images[0] for result in results]
+            done += len(part)
+            if progress is not None:
+                progress(done, total)
+    drawn = [prompt for prompt, _ in pairs]
+    judge = _Judge(drawn, runs[_key(chosen[0])], cost(backbone, chosen[0]).macs)
+    return Evaluation(
+        model=backbone.spec.name,
+        pictures=len(pairs),
+        captions=drawn[:samples],
+        device=str(backbone.device),
+        dtype=str(backbone.dtype).removeprefix("torch."),
+        scores=[judge.score(case, runs[_key(case)], backbone) for case in chosen],
+        samples=[runs[_key(case)].pictures[:samples] for case in chosen],
+    )
+
+
+def _key(case: Case) -> tuple[object, ...]:
+    """Cases that make the same pictures are run once."""
+    return (case.num_inference_steps, case.accelerators, case.guidance_scale)
+
+
+def _prompts(backbone: Backbone, captions: int | Sequence[str]) -> list[str]:
+    if not isinstance(captions, int):
+        return list(captions)
+    if backbone.spec.prompt_grammar is None:
+        raise RequestError("captions", f"{backbone.spec.name} does not say what it draws; give prompts to evaluate")
+    return held_out_captions(captions)
+
+
+class _Judge:
+    """Scores runs against the plain one and, in the world of shapes, against captions and true pictures."""
+
+    def __init__(self, captions: list[str], plain: _Run, macs: int) -> None:
+        self._captions, self._plain, self._macs = captions, plain, macs
+        self._shapes = metrics.readable(plain.pictures, captions) and classifier.FILE.is_file()
+        self._classifier = classifier.load() if self._shapes else None
+        self._reference: Tensor | None = None
+        if self._classifier is not None:
+            true = metrics.rendered(captions, REFERENCES)
+            self._reference = classifier.features(self._classifier, true)
+
+    def score(self, case: Case, run: _Run, backbone: Backbone) -> Score:
+        usage = cost(backbone, case)
+        pairs = list(zip(run.pictures, self._plain.pictures, strict=True))
+        plain = run is self._plain
+        ratios = [a / b for a, b in zip(self._plain.seconds, run.seconds, strict=True)]
+        return Score(
+            case=case,
+            rows=usage.rows,
+            macs=usage.macs,
+            mac_ratio=self._macs / usage.macs,
+            seconds=sum(run.seconds) / len(run.pictures),
+            speedup=statistics.median(ratios),
+            psnr=None if plain else statistics.fmean(metrics.psnr(a, b) for a, b in pairs),
+            ssim=None if plain else statistics.fmean(metrics.ssim(a, b) for a, b in pairs),
+            alignment=metrics.alignment(run.pictures, self._captions),
+            frechet=self._frechet(run.pictures),
+        )
+
+    def _frechet(self, pictures: list[Image.Image]) -> float | None:
+        if self._classifier is None or self._reference is None or len(pictures) < 2:
+            return None
+        return metrics.frechet(classifier.features(self._classifier, pictures), self._reference)

@@ -1,0 +1,145 @@
+"""An evaluation as files: JSON, a Markdown table, a plot of speed against fidelity, and a contact sheet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from models.quality.evaluate import Evaluation, Score
+
+Measure = Callable[[Score], float | None]
+
+CELL = 64  # pixels a picture of the contact sheet; larger ones are reduced
+LABEL = 250  # pixels for the name of a run
+PLAIN_STEPS = ("baseline", "same_macs", "full_steps")
+PANELS: tuple[tuple[str, Measure], ...] = (
+    ("alignment, %", lambda score: None if score.alignment is None else 100 * score.alignment["all"]),
+    ("Fréchet distance (lower is better)", lambda score: score.frechet),
+    ("PSNR to the plain picture, dB", lambda score: score.psnr),
+)
+
+
+def write(evaluation: Evaluation, folder: Path) -> list[Path]:
+    """Write evaluation.json, table.md, tradeoff.png and contact.png into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / name for name in ("evaluation.json", "table.md", "tradeoff.png", "contact.png")]
+    files[0].write_text(json.dumps(as_json(evaluation), indent=2) + "\n")
+    files[1].write_text(table(evaluation))
+    plot(evaluation, files[2])
+    contact_sheet(evaluation, files[3])
+    return files
+
+
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """Every number, for other tools."""
+    return {
+        "model": evaluation.model,
+        "pictures": evaluation.pictures,
+        "device": evaluation.device,
+        "dtype": evaluation.dtype,
+        "runs": [_line(score) for score in evaluation.scores],
+    }
+
+
+def _line(score: Score) -> dict[str, Any]:
+    case = score.case
+    return {
+        "label": case.label,
+        "kind": case.kind,
+        "control_of": case.of,
+        "num_inference_steps": case.num_inference_steps,
+        "guidance_scale": case.guidance_scale,
+        "acceleration": [accelerator.model_dump(by_alias=True, mode="json") for accelerator in case.accelerators],
+        "rows": score.rows,
+        "macs": score.macs,
+        "mac_ratio": score.mac_ratio,
+        "seconds": score.seconds,
+        "speedup": score.speedup,
+        "psnr": score.psnr,
+        "ssim": score.ssim,
+        "alignment": score.alignment,
+        "frechet": score.frechet,
+    }
+
+
+def table(evaluation: Evaluation) -> str:
+    """A Markdown table; controls stand below their acceleration, in italics."""
+    head = ["run", "steps", "rows", "GMACs", "fewer MACs", "wall", "PSNR", "SSIM", "alignment", "Fréchet"]
+    lines = [head, ["---", *["--:"] * (len(head) - 1)]]
+    for score in evaluation.scores:
+        control = score.case.kind not in ("baseline", "accelerated")
+        name = f"`{score.case.label}`" if score.case.kind == "accelerated" else score.case.label
+        lines.append(
+            [
+                f"↳ *{name}*" if control else name,
+                str(score.case.num_inference_steps),
+                str(score.rows),
+                f"{score.macs / 1e9:.3g}",
+                f"{score.mac_ratio:.2f}x",
+                f"{score.speedup:.2f}x",
+                _number(score.psnr, ".1f"),
+                _number(score.ssim, ".3f"),
+                _number(score.alignment["all"] if score.alignment else None, ".1%"),
+                _number(score.frechet, ".2f"),
+            ]
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def plot(evaluation: Evaluation, file: Path) -> None:
+    """Speed against fidelity: above the grey line, an acceleration beats a plain run of fewer steps."""
+    shown = [(name, measure) for name, measure in PANELS if any(measure(s) is not None for s in evaluation.scores)]
+    figure = Figure(figsize=(5.0 * len(shown) + 2.8, 4.4), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (name, measure) in zip(panels, shown, strict=True):
+        axes.set(xlabel="speed, plain run = 1", ylabel=name)
+        axes.grid(alpha=0.3)
+        points = [(s, measure(s)) for s in evaluation.scores]
+        plain = {s.case.num_inference_steps: (s.speedup, y) for s, y in points if y is not None and _is_plain(s)}
+        _line_of_plain_runs(axes, plain)
+        for number, (score, y) in enumerate((s, y) for s, y in points if s.case.kind == "accelerated"):
+            marker = "osD^vP*X"[number // 10 % 8]
+            axes.plot(score.speedup, y, marker, color=f"C{number % 10}", label=score.case.label, markersize=7)
+        for score, y in points:
+            if score.case.kind == "unguided" and y is not None:
+                axes.plot(score.speedup, y, "kx", label=score.case.label)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    figure.suptitle(f"{evaluation.model}, {evaluation.pictures} pictures a point")
+    figure.savefig(file, dpi=90)
+
+
+def _is_plain(score: Score) -> bool:
+    return score.case.kind in PLAIN_STEPS and not score.case.accelerators
+
+
+def _line_of_plain_runs(axes: Axes, plain: dict[int, tuple[float, float]]) -> None:
+    points = [plain[steps] for steps in sorted(plain, reverse=True)]
+    axes.plot([x for x, _ in points], [y for _, y in points], ".-", color="0.6", label="plain runs of fewer steps")
+
+
+def contact_sheet(evaluation: Evaluation, file: Path) -> None:
+    """The same captions and seeds in every column, a run a row."""
+    rows, columns = len(evaluation.scores), len(evaluation.samples[0])
+    sheet = Image.new("RGB", (LABEL + columns * (CELL + 2), rows * (CELL + 2)), "white")
+    brush, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for row, (score, pictures) in enumerate(zip(evaluation.scores, evaluation.samples, strict=True)):
+        top = row * (CELL + 2)
+        control = score.case.kind not in ("baseline", "accelerated")
+        text = score.case.label.replace("+", "\n+ ")
+        place = (24 if control else 6, top + CELL // 2)
+        brush.text(place, text, fill="dimgrey" if control else "black", font=font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            small = picture if picture.width == CELL else picture.resize((CELL, CELL))
+            sheet.paste(small, (LABEL + column * (CELL + 2), top + 1))
+    sheet.quantize(256).save(file, optimize=True)
