@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +35,18 @@ def generators(seed: int, images: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + i) for i in range(images)]
 
 
-def by_pipeline(pipeline: Any, scheduler: str, *, image: Image.Image | None = None, **inputs: Any) -> Drawn:
-    """Call the pipeline (or its image-to-image sister) with a fresh scheduler; the latents are its last step's."""
+def by_pipeline(
+    pipeline: Any,
+    scheduler: str,
+    *,
+    image: Image.Image | None = None,
+    within: Callable[[Any], AbstractContextManager[None]] = nullcontext,
+    **inputs: Any,
+) -> Drawn:
+    """Call the pipeline (or its image-to-image sister) with a fresh scheduler; the latents are its last step's.
+
+    `within` is entered around the call with the pipeline that is called.
+    """
     components = {**pipeline.components, "scheduler": scheduler_for(pipeline, scheduler)}
     cls = type(pipeline)
     if image is not None:
@@ -48,7 +59,8 @@ def by_pipeline(pipeline: Any, scheduler: str, *, image: Image.Image | None = No
     called = cls(**components)
     called.set_progress_bar_config(disable=True)
     steps = _recorded(called.scheduler)
-    images = called(**inputs).images
+    with within(called):
+        images = called(**inputs).images
     return Drawn(steps[-1][: len(images)], images)
 
 
@@ -79,7 +91,7 @@ def by_loop(
     strength: float = 1.0,
     size: tuple[int, int] = (16, 16),
 ) -> Drawn:
-    """Denoise with a transformer, one scheduler an image. `conditioning` is [unconditional, conditional] or one of them.
+    """Denoise with a transformer, one scheduler an image. `conditioning` is the pair's, or the conditional row's.
 
     With `encoded` latents [images, channels, h, w] the run begins part of the way in, from them and noise.
     """
@@ -99,10 +111,11 @@ def by_loop(
     else:
         latents = schedulers[0].add_noise(encoded, noise, timesteps[:1].repeat(len(noise)))
     inputs = {k: _repeated([c[k] for c in conditioning], len(noise)) for k in conditioning[0]}
-    options = takes(type(schedulers[0]))
+    kind: type = type(schedulers[0])
+    options = dict(takes(kind))
     extra = {} if "class_labels" in inputs else {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
     for t in timesteps:
-        x = torch.cat([s.scale_model_input(l, t) for s, l in zip(schedulers, latents.split(1), strict=True)])
+        x = torch.cat([s.scale_model_input(x, t) for s, x in zip(schedulers, latents.split(1), strict=True)])
         rows = torch.cat([x] * len(conditioning))
         prediction = network(rows, timestep=t.expand(len(rows)), **inputs, **extra).sample
         prediction = prediction[:, : latents.shape[1]]
@@ -112,8 +125,8 @@ def by_loop(
                 negative, positive = positive, negative  # DiTPipeline batches [conditional, unconditional]
             prediction = negative + scale * (positive - negative)
         stepped = [
-            s.step(p, t, l, **{**options, **({"generator": g} if "generator" in options else {})}).prev_sample
-            for s, p, l, g in zip(schedulers, prediction.split(1), latents.split(1), seeds, strict=True)
+            s.step(p, t, x, **{**options, **({"generator": g} if "generator" in options else {})}).prev_sample
+            for s, p, x, g in zip(schedulers, prediction.split(1), latents.split(1), seeds, strict=True)
         ]
         latents = torch.cat(stepped)
     pixels = pipeline.vae.decode(_unscaled(latents, pipeline)).sample
@@ -121,7 +134,7 @@ def by_loop(
 
 
 def _unscaled(latents: Tensor, pipeline: Any) -> Tensor:
-    factor = pipeline.vae.config.scaling_factor
+    factor: float = pipeline.vae.config.scaling_factor
     if hasattr(pipeline, "text_encoder"):
         return latents / factor
     return 1 / factor * latents  # as DiTPipeline writes it

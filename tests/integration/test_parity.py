@@ -1,7 +1,7 @@
 """Without an accelerator `generate` gives diffusers' own latents and pictures, bit for bit, at equal batch shape.
 
-DiTPipeline neither scales its first noise nor passes a generator to the steps, so euler, euler_ancestral, heun and lcm come
-out wrong there; for those, and for PixArt from an image (diffusers has no such pipeline), the reference is a plain loop.
+DiTPipeline neither scales its first noise nor passes a generator to the steps, so euler, euler_ancestral, heun and lcm
+come out wrong there; for those, and for PixArt from an image (no such pipeline), the reference is a plain loop.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def test_embeddings_and_starting_noise_in_place_of_text_and_seed(
 def test_resolution_conditions(pipeline_dir: Callable[[str], Path]) -> None:
     """PixArt-α at 1024 pixels is told the size of the picture."""
     directory = str(pipeline_dir("pixart-alpha-1024"))
-    options = {"width": 48, "height": 32}
+    options: dict[str, Any] = {"width": 48, "height": 32}
     [result] = generate(load(directory, device="cpu"), [request("pixart-alpha", True, 1, **options)])
     pipeline = PixArtAlphaPipeline.from_pretrained(directory)
     assert same(result, by_pipeline(pipeline, "ddim", **options, **inputs("pixart-alpha", True, 1)))

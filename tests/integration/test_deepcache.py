@@ -1,0 +1,123 @@
+"""DeepCache against its authors' package, bit for bit, and against what it must not be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from DeepCache import DeepCacheSDHelper
+from torch import Tensor
+
+from models import Backbone, Request, generate
+from models.accelerators import DeepCache, DepthSkip
+from models.accelerators.base import Accelerator
+from models.plan import RowPlan
+from models.rows import Row
+from tests.reference import by_pipeline, generators
+
+STEPS = 5
+BRANCHES = [("sd", b) for b in range(9)] + [("sd2", 4), *(("sdxl", b) for b in range(6))]
+
+Backbones = Callable[..., Backbone]
+Pipelines = Callable[..., Any]
+
+
+def ours(backbone: Backbone, accelerator: Accelerator, guided: bool = True, images: int = 1) -> Tensor:
+    request = Request(
+        prompt="a red circle",
+        negative_prompt="dull",
+        num_inference_steps=STEPS,
+        guidance_scale=3.0 if guided else 1.0,
+        num_images=images,
+        scheduler="ddim",
+        acceleration=accelerator,
+    )
+    return generate(backbone, [request])[0].latents
+
+
+def theirs(pipeline: Any, interval: int, branch: int, guided: bool = True, images: int = 1) -> Tensor:
+    return by_pipeline(
+        pipeline,
+        "ddim",
+        within=package(interval, branch),
+        prompt="a red circle",
+        negative_prompt="dull",
+        num_inference_steps=STEPS,
+        guidance_scale=3.0 if guided else 1.0,
+        num_images_per_prompt=images,
+        generator=generators(0, images),
+    ).latents
+
+
+def package(interval: int, branch: int) -> Callable[[Any], AbstractContextManager[None]]:
+    """The package at work on a pipeline, and taken off it afterwards."""
+
+    @contextmanager
+    def within(pipeline: Any) -> Iterator[None]:
+        helper = DeepCacheSDHelper(pipeline)
+        helper.set_params(cache_interval=interval, cache_branch_id=branch)
+        helper.enable()
+        try:
+            yield
+        finally:
+            helper.disable()
+
+    return within
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 5])
+@pytest.mark.parametrize(("layout", "branch"), BRANCHES)
+def test_equals_the_package(
+    layout: str, branch: int, interval: int, backbone_of: Backbones, pipeline_of: Pipelines
+) -> None:
+    """Their `cache_branch_id` is our `branch`."""
+    accelerated = ours(backbone_of(layout), DeepCache(interval=interval, branch=branch))
+    assert torch.equal(accelerated, theirs(pipeline_of(layout), interval, branch))
+
+
+@pytest.mark.parametrize(("guided", "images"), [(True, 2), (False, 1), (False, 2)])
+@pytest.mark.parametrize("branch", [0, 4, 8])
+def test_equals_the_package_in_every_batch_shape(
+    branch: int, guided: bool, images: int, backbone_of: Backbones, pipeline_of: Pipelines
+) -> None:
+    accelerated = ours(backbone_of("sd"), DeepCache(interval=2, branch=branch), guided, images)
+    assert torch.equal(accelerated, theirs(pipeline_of("sd"), 2, branch, guided, images))
+
+
+def test_another_branch_is_another_picture(backbone_of: Backbones, pipeline_of: Pipelines) -> None:
+    """So that equality at every branch means something."""
+    pictures = [ours(backbone_of("sd"), DeepCache(interval=3, branch=branch)) for branch in range(9)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
+    assert not torch.equal(pictures[3], theirs(pipeline_of("sd"), 3, 4))
+
+
+@pytest.mark.parametrize("branch", [0, 3, 7])
+def test_zeros_in_place_of_the_memory_are_far_worse(branch: int, backbone_of: Backbones) -> None:
+    """The paper's negative control: what is remembered matters, not only that something is skipped."""
+    backbone = backbone_of("sd")
+    plain = ours(backbone, DeepCache(interval=1))
+    cached = ours(backbone, DeepCache(interval=2, branch=branch))
+    zeros = ours(backbone, DepthSkip(depth=branch + 1))
+    assert (zeros - plain).norm() > 3 * (cached - plain).norm()
+
+
+def test_interval_1_is_no_acceleration(backbone_of: Backbones) -> None:
+    request = Request(prompt="a red circle", negative_prompt="dull", num_inference_steps=STEPS, guidance_scale=3.0)
+    plain = generate(backbone_of("sd"), [request])[0].latents
+    assert torch.equal(ours(backbone_of("sd"), DeepCache(interval=1, branch=0)), plain)
+
+
+@pytest.mark.parametrize("branch", range(9))
+def test_remembers_what_enters_the_closing_output_block(branch: int, backbone_of: Backbones) -> None:
+    """A shallow forward at the same input and time as its full one gives the same prediction, bit for bit."""
+    network = backbone_of("sd").network
+    x, t = torch.randn(1, 4, 16, 16), torch.tensor([400.0])
+    conditioning = {"encoder_hidden_states": torch.randn(1, 5, 32)}
+    plan = DeepCache(interval=2, branch=branch).plan(1, 2)
+    full = Row(RowPlan(keep=frozenset({("level", branch)})), "conditional", owner=None)
+    plain = network.forward(x, t, conditioning, [full])
+    shallow = network.forward(x, t, conditioning, [Row(RowPlan(exit=plan.exit), "conditional", None, full.memory)])
+    assert torch.equal(plain, shallow)
