@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
 from torch.optim import Optimizer
 
 from models.training import pictures
@@ -24,10 +26,12 @@ class DenoiserTask:
     """Squared error of the velocity; a tenth of the captions is empty, so that guidance has its other half."""
 
     def __init__(
-        self, name: str, network: nn.Module, data: Dataset, vae: AutoencoderKL, text: TextEncoder, batch: int = 48
+        self, name: str, network: Any, data: Dataset, vae: AutoencoderKL, text: TextEncoder, batch: int = 48
     ) -> None:
         self.name = name
         self.module = network
+        if network.device.type == "cpu":  # the fused kernel's backward pass takes a quarter of the step there
+            network.set_attn_processor(AttnProcessor())
         self._data, self._vae, self._text, self._batch = data, vae, text, batch
         self._alphas = noise_scheduler().alphas_cumprod
 

@@ -41,8 +41,8 @@ def build_unet() -> UNet2DConditionModel:
 def build_transformer() -> PixArtTransformer2DModel:
     """Twelve blocks of width 192 over 64 tokens, 7.5 M parameters."""
     return PixArtTransformer2DModel(
-        num_attention_heads=6,
-        attention_head_dim=32,
+        num_attention_heads=3,
+        attention_head_dim=64,
         num_layers=12,
         in_channels=4,
         out_channels=4,
