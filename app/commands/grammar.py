@@ -24,7 +24,7 @@ def parse(text: str) -> list[Accelerator]:
 
 
 def _one(text: str) -> Accelerator:
-    mode, colon, rest = text.partition(":")
+    mode, colon, rest = (part.strip() for part in text.partition(":"))
     if mode not in REGISTRY:
         raise RequestError("acceleration.mode", f"{mode!r} is not one of {', '.join(REGISTRY)}")
     values: dict[str, str] = {}

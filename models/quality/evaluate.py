@@ -140,7 +140,7 @@ class _Judge:
     def score(self, case: Case, run: _Run, backbone: Backbone) -> Score:
         usage = cost(backbone, case)
         pairs = list(zip(run.pictures, self._plain.pictures, strict=True))
-        plain = run is self._plain
+        plain = case.kind == "baseline"
         ratios = [a / b for a, b in zip(self._plain.seconds, run.seconds, strict=True)]
         return Score(
             case=case,

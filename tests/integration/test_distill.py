@@ -1,0 +1,163 @@
+"""The single-pass student: it learns, resumes to the same weights, and its file is diffusers' own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import PeftAdapterMixin
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from models import Request, generate, load
+from models.accelerators import CfgStudent
+from models.errors import RequestError
+from models.training import distill
+from models.training.distill import DistillTask
+from models.training.student import Pair
+from models.training.student_data import Trajectories
+
+PROMPTS = ["a red circle", "a blue star", "a green ring"]
+OPTIONS: dict[str, Any] = {
+    "guidance_scale": 3.0,
+    "rank": 2,
+    "steps": 6,
+    "batch": 4,
+    "learning_rate": 5e-3,
+    "prompts": PROMPTS,
+    "num_inference_steps": 4,
+    "device": "cpu",
+}
+
+
+@pytest.mark.parametrize("layout", ["sd", "sdxl", "pixart-alpha", "pixart-sigma"])
+def test_diffusers_reads_the_file_and_draws_the_same(
+    layout: str, pipeline_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file = distill(pipeline_dir(layout), tmp_path, **OPTIONS)
+    backbone = load(str(pipeline_dir(layout)), device="cpu", dtype="float32", adapters={"student": file})
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    common: dict[str, Any] = {"num_inference_steps": 3, "latents": noise}
+    ours = generate(backbone, [Request(prompt=PROMPTS[0], acceleration=CfgStudent(), **common)])[0].latents
+    bare = generate(backbone, [Request(prompt=PROMPTS[0], guidance_scale=1.0, **common)])[0].latents
+    theirs = _diffusers(layout, pipeline_dir(layout), tmp_path)(
+        PROMPTS[0], guidance_scale=1.0, output_type="latent", height=32, width=32, **common
+    ).images
+    assert torch.equal(ours, theirs)
+    assert (ours - bare).abs().max() > 0.05
+
+
+def _diffusers(layout: str, directory: Path, adapter: Path) -> Any:
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(directory)
+    pipeline.set_progress_bar_config(disable=True)
+    if not layout.startswith("pixart"):
+        pipeline.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors")
+        return pipeline
+
+    class Loading(diffusers.PixArtTransformer2DModel, PeftAdapterMixin):  # type: ignore[misc]
+        """diffusers gives its LoRA loader to every transformer but this one."""
+
+    pipeline.transformer.__class__ = Loading
+    pipeline.transformer.load_lora_adapter(
+        adapter, prefix="transformer", weight_name="pytorch_lora_weights.safetensors"
+    )
+    options = {"clean_caption": False, "use_resolution_binning": False, "max_sequence_length": 24}
+    return lambda *args, **kwargs: pipeline(*args, **kwargs, **options)
+
+
+def test_the_file_says_what_was_distilled(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    with safe_open(distill(pipeline_dir("sd"), tmp_path, **OPTIONS), "pt") as file:  # type: ignore[no-untyped-call]
+        metadata = file.metadata()
+    wanted = {"guidance_scale": "3.0", "negative_prompt": "", "rank": "2", "lora_alpha": "2", "steps": "6"}
+    assert wanted.items() <= metadata.items()
+    assert metadata["config_hash"] == load(str(pipeline_dir("sd")), device="cpu").spec.config_hash
+
+
+@pytest.mark.parametrize("layout", ["sd", "pixart-alpha"])
+def test_the_student_learns(layout: str, pipeline_dir: Callable[[str], Path]) -> None:
+    backbone = load(str(pipeline_dir(layout)), device="cpu", dtype="float32")
+    pair = Pair(backbone.network.module, 3.0, 4)
+    source = Trajectories(backbone, 4, lambda number: PROMPTS[number % 3], 4)
+    task = DistillTask(pair, source, 1e-2)
+    optimizer, generator = task.optimizers()[0], torch.Generator()
+    losses = []
+    for _ in range(14):
+        losses.append(loss := task.loss(generator))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+
+@pytest.mark.parametrize("data", ["trajectories", "folder"])
+def test_an_interrupted_run_ends_in_the_same_weights(
+    data: str, pipeline_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**OPTIONS, "ema_decay": 0.5, "data": data if data == "trajectories" else _pictures(tmp_path / "data")}
+    whole = load_file(distill(pipeline_dir("sd"), tmp_path / "whole", **options))
+    calls, learn = 0, DistillTask.loss
+
+    def interrupted(self: DistillTask, generator: torch.Generator) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return learn(self, generator)
+
+    monkeypatch.setattr(DistillTask, "loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill(pipeline_dir("sd"), tmp_path / "parts", **options, checkpoint_seconds=0.0)
+    parts = load_file(distill(pipeline_dir("sd"), tmp_path / "parts", **options))
+    assert calls == 7
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_resuming_with_other_settings_is_refused(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    distill(pipeline_dir("sd"), tmp_path, **{**OPTIONS, "steps": 1})
+    with pytest.raises(RequestError, match="rank: 4 differs from 2"):
+        distill(pipeline_dir("sd"), tmp_path, **{**OPTIONS, "steps": 1, "rank": 4})
+    assert json.loads((tmp_path / "training" / "settings.json").read_text())["rank"] == 2
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "field"),
+    [
+        ("dit", {}, "model"),
+        ("sd", {"guidance_scale": 1.0}, "guidance_scale"),
+        ("sd", {"prompts": []}, "prompts"),
+        ("sd", {"data": "."}, "data"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused(
+    layout: str, options: dict[str, Any], field: str, pipeline_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        distill(pipeline_dir(layout), tmp_path, **{**OPTIONS, **options})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("rank", "added"), [(4, 797_184), (64, 12_754_944)])
+def test_added_weights_at_the_size_of_stable_diffusion(rank: int, added: int) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        weights = sum(parameter.numel() for parameter in unet.parameters())
+        student = sum(parameter.numel() for parameter in Pair(unet, 7.5, rank).parameters)
+    assert weights == 859_520_964
+    assert student == added
+    assert student / weights <= 0.015
+
+
+def _pictures(folder: Path) -> Path:
+    folder.mkdir()
+    for number, prompt in enumerate(PROMPTS):
+        Image.new("RGB", (32, 32), (80 * number, 40, 200)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(prompt)
+    return folder
