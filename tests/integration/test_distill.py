@@ -73,7 +73,7 @@ def _diffusers(layout: str, directory: Path, adapter: Path) -> Any:
 
 
 def test_the_file_says_what_was_distilled(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    with safe_open(distill(pipeline_dir("sd"), tmp_path, **OPTIONS), "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(distill(pipeline_dir("sd"), tmp_path, **OPTIONS), "pt") as file:
         metadata = file.metadata()
     wanted = {"guidance_scale": "3.0", "negative_prompt": "", "rank": "2", "lora_alpha": "2", "steps": "6"}
     assert wanted.items() <= metadata.items()
@@ -90,7 +90,7 @@ def test_the_student_learns(layout: str, pipeline_dir: Callable[[str], Path]) ->
     losses = []
     for _ in range(14):
         losses.append(loss := task.loss(generator))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
