@@ -1,0 +1,108 @@
+"""Kubernetes manifests: valid against the API's schemas, and consistent with each other."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy import DEPLOY, documents, stages
+
+validator = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate from the test extra")
+KUBERNETES = DEPLOY / "kubernetes"
+API = "1.34"
+CUSTOM = {"monitoring.coreos.com/v1", "keda.sh/v1alpha1", "ray.io/v1"}
+MANIFESTS = [
+    path for folder in (KUBERNETES, DEPLOY / "ray") for path in sorted(folder.rglob("*.yaml"))
+    if path.name != "kustomization.yaml" and not path.name.startswith("serve") and path.parent.name != "gpu"
+]  # fmt: skip
+
+
+def render(folder: Path) -> dict[str, Any]:
+    """What kustomize makes of a folder, by kind and name."""
+    kubectl = shutil.which("kubectl") or pytest.skip("kubectl is not installed")
+    done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {f"{d['kind']}/{d['metadata']['name']}": d for d in yaml.safe_load_all(done.stdout)}
+
+
+def pod(deployment: dict[str, Any]) -> dict[str, Any]:
+    """The pod's specification."""
+    spec: dict[str, Any] = deployment["spec"]["template"]["spec"]
+    return spec
+
+
+def validate(manifest: dict[str, Any]) -> None:
+    """Raise when a manifest of Kubernetes' own kinds does not fit its schema; unknown fields are not allowed."""
+    if manifest["apiVersion"] not in CUSTOM:
+        validator.validate(manifest, API, strict=True)
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_manifest_is_yaml_of_a_known_api(path: Path) -> None:
+    for manifest in documents(path):
+        assert {"apiVersion", "kind", "metadata", "spec"} >= set(manifest)
+
+
+@pytest.mark.parametrize("name", ["base", "gpu", "production"])
+def test_rendered_manifests_fit_their_schemas(name: str) -> None:
+    for manifest in render(KUBERNETES / name).values():
+        validate(manifest)
+
+
+def test_validator_would_notice() -> None:
+    (deployment,) = documents(KUBERNETES / "base/deployment.yaml")
+    deployment["spec"]["selector"] = {"matchLabels": {"a": "b"}}
+    deployment["spec"]["template"]["metadata"] = {"labels": {"a": "b"}}
+    validate(deployment)
+    pod(deployment)["containers"][0]["readynessProbe"] = {}
+    with pytest.raises(validator.ValidationError, match="readynessProbe"):
+        validate(deployment)
+
+
+def test_grace_is_longer_than_the_longest_request() -> None:
+    (deployment,) = documents(KUBERNETES / "base/deployment.yaml")
+    (server,) = pod(deployment)["containers"]
+    env = {entry["name"]: int(entry["value"]) for entry in server["env"]}
+    before = server["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert env["SLIPSTREAM_DEADLINE_SECONDS"] < env["SLIPSTREAM_DRAIN_SECONDS"]
+    assert before + env["SLIPSTREAM_DRAIN_SECONDS"] < pod(deployment)["terminationGracePeriodSeconds"]
+
+
+def test_user_and_writable_places_are_those_of_the_image() -> None:
+    image = dict(stages()["server"])
+    (deployment,) = documents(KUBERNETES / "base/deployment.yaml")
+    (server,) = pod(deployment)["containers"]
+    security = pod(deployment)["securityContext"]
+    assert image["USER"] == f"{security['runAsUser']}:{security['runAsGroup']}"
+    assert server["securityContext"]["readOnlyRootFilesystem"] is True
+    assert {image["VOLUME"], "/tmp"} == {mount["mountPath"] for mount in server["volumeMounts"]}
+
+
+def test_production_is_a_gpu_server_watched_and_scaled() -> None:
+    parts = render(KUBERNETES / "production")
+    (server,) = pod(parts["Deployment/slipstream"])["containers"]
+    assert server["image"] == "slipstream:cuda"
+    assert server["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    labels = parts["Deployment/slipstream"]["spec"]["template"]["metadata"]["labels"]
+    assert parts["PodMonitor/slipstream"]["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert parts["Service/slipstream"]["spec"]["selector"].items() <= labels.items()
+    assert parts["NetworkPolicy/slipstream"]["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+    ports = {port["name"] for port in server["ports"]}
+    assert {end["port"] for end in parts["PodMonitor/slipstream"]["spec"]["podMetricsEndpoints"]} <= ports
+    assert parts["ScaledObject/slipstream"]["spec"]["scaleTargetRef"]["name"] == "slipstream"
+    assert "PrometheusRule/slipstream" in parts
+    assert "ConfigMap/slipstream-dashboard" in parts
+
+
+def test_kuberay_gets_the_local_serve_file() -> None:
+    service = render(DEPLOY / "ray")["RayService/slipstream"]
+    assert service["spec"]["serveConfigV2"] == (DEPLOY / "ray/serve.yaml").read_text()
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        template = {**group["template"], "metadata": {"name": "pod"}}
+        validator.validate({"apiVersion": "v1", "kind": "Pod", **template}, API, strict=True)
