@@ -59,11 +59,18 @@ class RowAttention:
     ) -> Tensor:
         if rows is None:
             return self._plain(attn, hidden_states, encoder_hidden_states, attention_mask, ())
+        out: Tensor = self._by_row(attn, hidden_states, encoder_hidden_states, attention_mask, rows)
+        return out
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _by_row(
+        self, attn: Attention, x: Tensor, context: Tensor | None, mask: Tensor | None, rows: AttentionRows
+    ) -> Tensor:
         if self.block is None or not rows.groups:
-            return self._plain(attn, hidden_states, encoder_hidden_states, attention_mask, rows.segments)
+            return self._plain(attn, x, context, mask, rows.segments)
         if len(rows.groups) == 1 and rows.groups[0].method == "full":
-            return self._compute(attn, hidden_states, rows.rows, rows.groups[0])
-        return self._mixed(attn, hidden_states, rows)
+            return self._compute(attn, x, rows.rows, rows.groups[0])
+        return self._mixed(attn, x, rows)
 
     def _mixed(self, attn: Attention, x: Tensor, rows: AttentionRows) -> Tensor:
         block = self.block
