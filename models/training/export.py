@@ -14,6 +14,7 @@ from diffusers import (
 )
 from torch import nn
 
+from models.training import card
 from models.training.networks import noise_scheduler
 from models.training.shapes import COLOURS, RADII, RELATIONS, SHAPES, SIDE
 from models.training.text import TextEncoder
@@ -31,15 +32,21 @@ EXAMPLES = (
 )
 
 
-def save(folder: Path, vae: AutoencoderKL, text: TextEncoder, network: nn.Module) -> None:
-    """Write the pipeline and `slipstream.json` into `folder`; the networks come back in float32."""
+def save(
+    folder: Path, vae: AutoencoderKL, text: TextEncoder, network: nn.Module, figures: dict[str, Any] | None = None
+) -> None:
+    """Write the pipeline, `slipstream.json` and, given measured figures, the card; the networks stay in float32."""
     parts = (vae, text.network, network)
     for part in parts:
         part.to(torch.float16)
     _pipeline(vae, text, network).save_pretrained(folder, safe_serialization=True)
     for part in parts:
         part.to(torch.float32)
-    (folder / "slipstream.json").write_text(json.dumps(_defaults(folder.name), indent=2) + "\n")
+    defaults = _defaults(folder.name)
+    (folder / "slipstream.json").write_text(json.dumps(defaults, indent=2) + "\n")
+    if figures is not None:
+        sizes = {type(part).__name__: sum(weight.numel() for weight in part.parameters()) for part in parts}
+        (folder / "README.md").write_text(card.text(folder.name, defaults["description"], sizes, figures))
 
 
 def _pipeline(vae: AutoencoderKL, text: TextEncoder, network: nn.Module) -> DiffusionPipeline:
@@ -55,7 +62,7 @@ def _defaults(name: str) -> dict[str, Any]:
     grammar = {"sizes": list(RADII), "colours": list(COLOURS), "shapes": list(SHAPES), "relations": list(RELATIONS)}
     thing, ending = "a {size} {colour} {shape}", "on a {colour} background"
     return {
-        "description": f"{name}: one or two flat shapes on a plain background, {SIDE}x{SIDE} pixels",
+        "description": f"One or two flat shapes on a plain background, {SIDE}x{SIDE} pixels",
         "default_guidance_scale": GUIDANCE_SCALE,
         "default_num_inference_steps": STEPS,
         "native_width": SIDE,

@@ -6,6 +6,7 @@ arguments after an interruption; add `--minutes` to train by the clock instead o
 """
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,15 +104,39 @@ def _denoiser(arguments: argparse.Namespace) -> None:
 
 def _validate(arguments: argparse.Namespace) -> None:
     vae, text, network = _parts(arguments, trained=True)
+    rates: dict[str, dict[str, float]] = {}
     for scale in arguments.scales:
         with _autocast(arguments):
             result = validation.validate(network, vae, text, arguments.captions, scale)
+        rates[str(scale)] = result.rates()
         print(f"{arguments.model}, {arguments.captions} captions, guidance scale {scale}: {result}", flush=True)
+    state = checkpoint.read_state(arguments.folder / f"{arguments.model}.safetensors")
+    figures = {
+        "rates": rates,
+        "captions": arguments.captions,
+        "steps": state["step"],
+        "minutes": state["seconds"] / 60,
+        "batch": arguments.batch,
+        "scenes": arguments.scenes,
+        "hardware": _hardware(arguments.device),
+    }
+    _figures_path(arguments).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _hardware(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
+
+
+def _figures_path(arguments: argparse.Namespace) -> Path:
+    path: Path = arguments.folder / f"{arguments.model}-figures.json"
+    return path
 
 
 def _export(arguments: argparse.Namespace) -> None:
     vae, text, network = _parts(arguments, trained=True)
-    export.save(arguments.output / arguments.model, vae, text, network)
+    path = _figures_path(arguments)
+    figures = json.loads(path.read_text()) if path.exists() else None
+    export.save(arguments.output / arguments.model, vae, text, network, figures)
 
 
 def _parts(arguments: argparse.Namespace, trained: bool = False) -> tuple[AutoencoderKL, TextEncoder, nn.Module]:

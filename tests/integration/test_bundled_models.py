@@ -1,0 +1,99 @@
+"""The bundled models as anybody gets them: plain diffusers loads them and they draw what the captions say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file
+
+import models
+from models.training.checker import check
+from models.training.shapes import SIDE, parse_caption
+from models.training.tokenizers import words
+
+BUNDLED = Path(models.__file__).parent / "bundled"
+PIPELINES = {"shapes-sd": StableDiffusionPipeline, "shapes-dit": PixArtAlphaPipeline}
+EXTRA = {"shapes-sd": {}, "shapes-dit": {"use_resolution_binning": False}}
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def pipeline(name: str) -> Any:
+    loaded = PIPELINES[name].from_pretrained(BUNDLED / name, dtype=torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def defaults(name: str) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((BUNDLED / name / "slipstream.json").read_text())
+    return read
+
+
+def _draw(pipeline: Any, name: str, captions: list[str], guidance_scale: float, steps: int) -> list[Any]:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(captions))]
+    drawn: list[Any] = pipeline(
+        captions,
+        height=SIDE,
+        width=SIDE,
+        guidance_scale=guidance_scale,
+        num_inference_steps=steps,
+        generator=generators,
+        **EXTRA[name],
+    ).images
+    return drawn
+
+
+def test_the_directory_says_which_pipeline_it_is(name: str) -> None:
+    assert isinstance(DiffusionPipeline.from_pretrained(BUNDLED / name), PIPELINES[name])
+
+
+def test_pictures_keep_their_captions(pipeline: Any, name: str, defaults: dict[str, Any]) -> None:
+    captions = defaults["examples"]
+    pictures = _draw(
+        pipeline, name, captions, defaults["default_guidance_scale"], defaults["default_num_inference_steps"]
+    )
+    verdicts = [check(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
+    assert all(verdict.background for verdict in verdicts)
+    assert sum(verdict.all for verdict in verdicts) >= 6
+
+
+def test_weights_are_finite_and_in_half_precision(name: str) -> None:
+    weights = [weight for path in (BUNDLED / name).rglob("*.safetensors") for weight in load_file(path).values()]
+    assert all(weight.dtype == torch.float16 and bool(weight.isfinite().all()) for weight in weights)
+
+
+def test_the_schedule_ends_in_pure_noise(pipeline: Any) -> None:
+    config = pipeline.scheduler.config
+    assert config.prediction_type == "v_prediction"
+    assert config.rescale_betas_zero_snr
+    assert config.timestep_spacing == "trailing"
+    assert float(pipeline.scheduler.alphas_cumprod[-1]) == 0.0
+
+
+def test_every_word_of_the_grammar_is_one_token(pipeline: Any) -> None:
+    assert [word for word in words() if len(pipeline.tokenizer.tokenize(word)) != 1] == []
+
+
+def test_the_defaults_are_complete(name: str, defaults: dict[str, Any]) -> None:
+    assert defaults["native_width"] == defaults["native_height"] == SIDE
+    assert defaults["default_num_inference_steps"] == 25
+    assert defaults["default_guidance_scale"] > 1.0
+    assert len(defaults["examples"]) == 8
+    assert all(parse_caption(caption) for caption in defaults["examples"])
+    assert (BUNDLED / name / "README.md").exists()
+
+
+def test_both_together_take_at_most_40_megabytes() -> None:
+    assert sum(path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()) <= 40e6
+
+
+def test_no_pickled_weights() -> None:
+    assert [path.name for path in BUNDLED.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")] == []
