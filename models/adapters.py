@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusers.utils import convert_all_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
@@ -66,23 +68,35 @@ def _terms(file: Path, weights: dict[str, Tensor], metadata: dict[str, str], net
     weights = {k.removeprefix("unet.").removeprefix("transformer."): v for k, v in weights.items()}
     alphas = {k.removesuffix(".alpha"): float(v) for k, v in weights.items() if k.endswith(".alpha")}
     weights = convert_all_state_dict_to_peft({k: v for k, v in weights.items() if not k.endswith(".alpha")})
+    settings = _peft_settings(file, metadata)
     terms: Terms = {}
     rank = 0
     for key in weights:
-        if not key.endswith("lora_A.weight"):
+        if key.endswith(".lora_B.weight") and key.replace("lora_B", "lora_A") in weights:
             continue
         target = key.removesuffix(".lora_A.weight")
+        if target == key or f"{target}.lora_B.weight" not in weights:
+            raise ModelLoadError(f"{file}: {key} is no half of a LoRA pair")
         projection = next((t for t in TARGETS if target.endswith("." + t)), None)
         down, up = weights[key], weights[f"{target}.lora_B.weight"]
         if projection is None or shapes.get(target) != (up.shape[0], down.shape[1]):
             raise ModelLoadError(f"{file}: {target} is no attention projection of this model")
         rank = down.shape[0]
-        alpha = alphas.get(target, float(metadata.get("lora_alpha", rank)))
+        alpha = alphas.get(target, float(settings.get("lora_alpha", rank)))
         pair = (down.to(reference), (up.float() * (alpha / rank)).to(reference))
         terms[target.removesuffix("." + projection), projection] = pair
     if not terms:
         raise ModelLoadError(f"{file}: no LoRA weights found")
     return terms, rank
+
+
+def _peft_settings(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """PEFT's settings as diffusers writes them into a file, where it does; without them alpha is the rank."""
+    settings = {k.split(".", 1)[-1]: v for k, v in json.loads(metadata.get("lora_adapter_metadata", "{}")).items()}
+    strange = [name for name in ("use_dora", "use_rslora", "alpha_pattern", "lora_bias") if settings.get(name)]
+    if strange:
+        raise ModelLoadError(f"{file}: plain LoRA only, this one has {', '.join(strange)}")
+    return settings
 
 
 def meta_lora(lora: Lora) -> Lora:

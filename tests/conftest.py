@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from models import Backbone, load
-from tests.pipelines import save_pipeline
+from tests.pipelines import save_adapter, save_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +51,23 @@ def pipeline_of(pipeline_dir: Callable[[str], Path]) -> Callable[..., Any]:
         return loaded[layout, dtype]
 
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def student_of(
+    pipeline_dir: Callable[[str], Path], pipeline_of: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Backbone]:
+    """The backbone of a layout with a random guidance student of scale 3, named "student"."""
+    root = tmp_path_factory.mktemp("adapters")
+    loaded: dict[tuple[str, torch.dtype], Backbone] = {}
+
+    def backbone(layout: str, dtype: torch.dtype = torch.float32) -> Backbone:
+        if (layout, dtype) not in loaded:
+            pipeline = pipeline_of(layout)
+            network = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+            adapter = save_adapter(network, root / layout, guidance_scale=3.0)
+            directory = str(pipeline_dir(layout))
+            loaded[layout, dtype] = load(directory, device="cpu", dtype=dtype, adapters={"student": adapter})
+        return loaded[layout, dtype]
+
+    return backbone

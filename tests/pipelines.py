@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -26,6 +31,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from models.adapters import TARGETS, WEIGHT_NAME
 from models.training.tokenizers import clip_tokenizer, t5_tokenizer
 
 LAYOUTS = ("sd", "sd2", "sdxl", "dit", "pixart-alpha", "pixart-sigma")
@@ -196,3 +202,21 @@ def save_pipeline(layout: str, directory: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.05)
     pipeline.save_pretrained(directory / layout, safe_serialization=True)
     return directory / layout
+
+
+def save_adapter(network: Any, folder: Path, *, rank: int = 2, alpha: float | None = None, **metadata: object) -> Path:
+    """Save a random guidance student for a network as PEFT and diffusers would, with `metadata` in its header."""
+    network = copy.deepcopy(network)
+    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(TARGETS), init_lora_weights=False)
+    torch.manual_seed(1)
+    inject_adapter_in_model(config, network)
+    weights, prefix = get_peft_model_state_dict(network), "transformer"
+    if hasattr(network, "down_blocks"):
+        weights, prefix = convert_state_dict_to_diffusers(weights), "unet"
+    tensors = {f"{prefix}.{name}": value.float().contiguous() for name, value in weights.items()}
+    header = {"format": "pt"} | {name: str(value) for name, value in metadata.items()}
+    if alpha is not None:
+        header["lora_adapter_metadata"] = json.dumps({f"{prefix}.r": rank, f"{prefix}.lora_alpha": alpha})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHT_NAME, header)
+    return folder

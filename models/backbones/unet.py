@@ -74,6 +74,9 @@ class UNet:
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]) -> Tensor:
         """Predict from latents x [rows, channels, height, width] at times t [rows], rows sorted by `order`."""
         unet = self.module
+        depths = [self.order(row)[0] for row in rows]
+        if depths != sorted(depths):
+            raise ValueError("the rows are not in the order of `order`")
         factor = 2 ** sum(level.upsampler is not None for level in self.levels)
         if getattr(unet.config, "center_input_sample", False):
             x = 2 * x - 1.0

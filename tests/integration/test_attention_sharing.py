@@ -118,10 +118,14 @@ def reference(
             block.attn1.set_processor(PlainSharing(methods, clock, conditional=0 if layout == "dit" else 1))
     if delta is not None:
         network.transformer_blocks = nn.ModuleList([PlainDelta(list(network.transformer_blocks), clock, *delta)])
-    options = {"num_inference_steps": STEPS, "guidance_scale": 3.0 if guided else 1.0, "generator": generators(1, 1)}
+    options: dict[str, Any] = {
+        "num_inference_steps": STEPS,
+        "guidance_scale": 3.0 if guided else 1.0,
+        "generator": generators(1, 1),
+    }
     if layout == "dit":
         return by_pipeline(copied, "ddim", class_labels=[5], **options).latents
-    texts = {"prompt": "a red circle", "negative_prompt": "dull"}
+    texts: dict[str, Any] = {"prompt": "a red circle", "negative_prompt": "dull"}
     binning: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
     return by_pipeline(copied, "ddim", **texts, **binning, **options).latents
 
@@ -151,14 +155,17 @@ def attention_plan(backbone: Backbone, table: Table, guided: bool) -> DiTFastAtt
     return DiTFastAttn(plan=plan)
 
 
+FULL: list[Method] = ["full"] * BLOCKS
+
+
 def uniform(method: Method) -> Table:
-    return [["full"] * BLOCKS] + [[method] * BLOCKS] * (STEPS - 1)
+    return [FULL] + [[method] * BLOCKS] * (STEPS - 1)
 
 
 def shuffled(seed: int, guided: bool) -> Table:
     choices = [method for method in METHODS if guided or "asc" not in method]
     pick = random.Random(seed)
-    return [["full"] * BLOCKS] + [[pick.choice(choices) for _ in range(BLOCKS)] for _ in range(STEPS - 1)]
+    return [FULL] + [[pick.choice(choices) for _ in range(BLOCKS)] for _ in range(STEPS - 1)]
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -169,7 +176,11 @@ def close(a: Tensor, b: Tensor) -> bool:
 TABLES = [
     *(pytest.param(True, uniform(method), id=f"guided-{method}") for method in METHODS),
     *(pytest.param(False, uniform(method), id=f"unguided-{method}") for method in ("full", "ast", "wa-rs")),
-    *(pytest.param(guided, shuffled(s, guided), id=f"shuffled-{s}-{guided}") for s in range(4) for guided in (1, 0)),
+    *(
+        pytest.param(guided, shuffled(s, guided), id=f"shuffled-{s}-{guided}")
+        for s in range(4)
+        for guided in (True, False)
+    ),
 ]
 
 
@@ -177,7 +188,7 @@ TABLES = [
 @pytest.mark.parametrize("layout", ["dit", "pixart-alpha", "pixart-sigma"])
 def test_ditfastattn(layout: str, guided: bool, table: Table, backbone_of: Backbones, pipeline_of: Pipelines) -> None:
     backbone = backbone_of(layout, torch.float64)
-    result = ours(backbone, layout, guided, attention_plan(backbone, table, bool(guided)))
+    result = ours(backbone, layout, guided, attention_plan(backbone, table, guided))
     assert close(result, reference(pipeline_of(layout, torch.float64), layout, guided, table))
 
 
