@@ -1,6 +1,7 @@
 /** Talking to the server: the key, errors in words, and the event stream. */
 
 const KEY = "slipstream.key";
+const BROKEN_OFF = "The connection broke off before the image was done.";
 
 /** What the server refused, and the field at fault where it named one. */
 export class ApiError extends Error {
@@ -38,9 +39,11 @@ export async function* generate(body, signal) {
     signal,
   });
   for await (const { event, data } of serverSentEvents(response.body)) {
-    if (event === "error") throw new ApiError(response.status, data.error ?? data);
+    if (event === "error") throw new ApiError(response.status, data.error);
     yield { event, data };
+    if (event === "completed") return;
   }
+  throw new ApiError(0, { message: BROKEN_OFF });
 }
 
 async function request(path, options = {}) {
@@ -71,7 +74,7 @@ async function* serverSentEvents(stream) {
   let buffer = "";
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await reader.read().catch(brokenOff);
       if (done) return;
       // A CR at the end of a chunk may be half of a CRLF: it waits for the next one.
       buffer = (buffer + value).replaceAll("\r\n", "\n");
@@ -82,6 +85,10 @@ async function* serverSentEvents(stream) {
   } finally {
     reader.cancel().catch(() => {});
   }
+}
+
+function brokenOff(error) {
+  throw error.name === "AbortError" ? error : new ApiError(0, { message: BROKEN_OFF });
 }
 
 function parseEvent(block) {

@@ -108,7 +108,7 @@ export class Lane {
       { class: "part" },
       h("h3", {}, mode, known?.paper ? h("a", { href: known.paper, rel: "noreferrer" }, "paper") : null, remove),
       h("p", { class: "about" }, known ? known.title : `This model does not take ${mode}.`),
-      h("div", { class: "grid" }, made),
+      made,
     );
   }
 

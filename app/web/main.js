@@ -320,6 +320,7 @@ function setRunning(yes) {
   byId("lanes").classList.toggle("running", yes);
   byId("lanes").setAttribute("aria-busy", String(yes));
   notify("");
+  if (yes && byId("lanes").getBoundingClientRect().top > innerHeight * 0.8) byId("summary").scrollIntoView();
   (yes ? byId("cancel") : byId("run")).focus({ preventScroll: true });
 }
 

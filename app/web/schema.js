@@ -29,18 +29,10 @@ export function control(parameter, value, onchange) {
     const next = read(parameter, input);
     onchange(!parameter.required && next === (parameter.default ?? null) ? undefined : next);
   });
+  const label = h("label", { for: id }, parameter.name.replaceAll("_", " "));
+  const tip = h("p", { class: "tip", id: `${id}-tip` }, parameter.description);
   const error = h("p", { class: "error", id: `${id}-error`, role: "alert" });
-  return {
-    input,
-    error,
-    element: h(
-      "div",
-      { class: `field ${parameter.kind}`, title: parameter.description },
-      h("label", { for: id }, parameter.name.replaceAll("_", " ")),
-      input,
-      error,
-    ),
-  };
+  return { input, error, element: h("div", { class: `field ${parameter.kind}` }, label, tip, input, error) };
 }
 
 function parameter(name, property, required, model) {
@@ -69,7 +61,7 @@ function names(registered) {
 }
 
 function inputFor(parameter, value, id) {
-  const shared = { id, "aria-describedby": `${id}-error` };
+  const shared = { id, "aria-describedby": `${id}-error ${id}-tip` };
   if (parameter.choices.length || parameter.registered) {
     const options = parameter.choices.map((choice) => h("option", { value: choice }, choice));
     if (parameter.optional) options.unshift(h("option", { value: "" }, "default"));
