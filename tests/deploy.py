@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.error import URLError
-from urllib.request import urlopen
 
+import httpx
 import yaml
 
 T = TypeVar("T")
@@ -64,11 +63,14 @@ def free_port() -> int:
         return port
 
 
-def get(url: str, timeout: float = 10) -> bytes:
-    """The body of a 2xx answer."""
-    with urlopen(url, timeout=timeout) as response:
-        body: bytes = response.read()
-        return body
+def get(url: str, **query: str) -> str:
+    """The text of a 2xx answer."""
+    return httpx.get(url, params=query, timeout=10).raise_for_status().text
+
+
+def post(base: str, **body: Any) -> httpx.Response:
+    """One generation, whatever its status; a stream is read to its end."""
+    return httpx.post(f"{base}/generate", json=body, timeout=60)
 
 
 def until(probe: Callable[[], T], seconds: float, what: str) -> T:
@@ -80,7 +82,7 @@ def until(probe: Callable[[], T], seconds: float, what: str) -> T:
             if answer := probe():
                 return answer
             last = answer
-        except (URLError, OSError, KeyError, ValueError) as error:
+        except (httpx.HTTPError, KeyError, ValueError) as error:
             last = error
         time.sleep(0.2)
     raise TimeoutError(f"{what}: not within {seconds:.0f} s, last {last!r}")
