@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from torch import Tensor
 
 from models.backbones.base import Backbone
@@ -95,6 +96,11 @@ def _first_latents(backbone: Backbone, run: Run, i: int, scheduler: object, gene
     if encoded is not None:
         return scheduler.add_noise(encoded, noise, run.schedule.timesteps[:1])  # type: ignore[attr-defined, no-any-return]
     return noise * scheduler.init_noise_sigma  # type: ignore[attr-defined, no-any-return]
+
+
+def decode(backbone: Backbone, latents: Sequence[Tensor]) -> list[Image.Image]:
+    """Decode latents [1, channels, h, w] of one shape, of any trajectories, as one batch."""
+    return backbone.decode(torch.cat(list(latents)))
 
 
 def finish(backbone: Backbone, run: Run, trajectories: Sequence[Trajectory]) -> Result:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, InstanceOf, PrivateAttr
+from pydantic.json_schema import SkipJsonSchema
 
 from models.accelerators.base import Accelerator
 from models.attention_plan import Plan
@@ -22,7 +23,7 @@ class DiTFastAttn(Accelerator):
     """
 
     mode: Literal["ditfastattn"] = "ditfastattn"
-    plan_: str | Plan = Field(alias="plan", description="A plan's registered name.")
+    plan_: str | SkipJsonSchema[InstanceOf[Plan]] = Field(alias="plan", description="A plan's registered name.")
     _plan: Plan | None = PrivateAttr(None)
 
     families: ClassVar[tuple[Family, ...]] = ("dit",)

@@ -1,0 +1,93 @@
+"""The command line: `slipstream serve` from the settings' own definition, and every command of `app.commands`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from app import commands
+from app.settings import Settings
+
+app = typer.Typer(
+    name="slipstream",
+    help="Diffusion inference where each request chooses its own acceleration and all share one batch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _serve(**flags: Any) -> None:
+    """Start the server. Every flag is also an environment variable, SLIPSTREAM_ and its name in capitals."""
+    given = {name: value for name, value in flags.items() if value not in (None, [], ())}
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        for line in explain(error):
+            typer.echo(line, err=True)
+        raise typer.Exit(2) from None
+    from app.serve import serve
+
+    raise typer.Exit(serve(settings))
+
+
+def explain(error: ValidationError) -> list[str]:
+    """A line a bad setting: its flag, its variable, what is allowed."""
+    lines = []
+    for detail in error.errors():
+        name = str(detail["loc"][0]) if detail["loc"] else ""
+        message = detail["msg"].removeprefix("Value error, ")
+        flag = f"--{name.replace('_', '-')} (SLIPSTREAM_{name.upper()}): " if name else ""
+        lines.append(f"slipstream: {flag}{message}")
+    return list(dict.fromkeys(lines))
+
+
+def flag(name: str, info: FieldInfo) -> inspect.Parameter:
+    """A setting as a command-line flag; absent flags leave the setting to the environment and its default."""
+    text = f"{info.description} Default {shown(info.default)}."
+    dashed = "--" + name.replace("_", "-")
+    if info.annotation is bool:
+        kind: Any = bool | None
+        option = typer.Option(f"{dashed}/--no-{dashed[2:]}", help=text, show_default=False)
+    else:
+        kind = list[str] | None if get_origin(info.annotation) is tuple else str | None
+        option = typer.Option(dashed, help=text, metavar=metavar(info), show_default=False)
+    annotated = Annotated[kind, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotated)
+
+
+def shown(default: object) -> str:
+    """A default as the help shows it."""
+    if default in (None, ()):
+        return "none"
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def metavar(info: FieldInfo) -> str:
+    """What may stand behind a flag."""
+    choices = [str(choice) for choice in get_args(info.annotation) if isinstance(choice, str)]
+    return "|".join(choices) if choices else "VALUE"
+
+
+_serve.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [flag(name, info) for name, info in Settings.model_fields.items()]
+)
+app.command("serve")(_serve)
+for found in pkgutil.iter_modules(commands.__path__):
+    module = importlib.import_module(f"{commands.__name__}.{found.name}")
+    if hasattr(module, "register"):
+        module.register(app)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

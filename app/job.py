@@ -1,0 +1,155 @@
+"""One accepted request inside the engine: its images, its cancel flag, and the events that go back to its handler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from PIL import Image
+
+from app.errors import ServiceError
+from models.request import Run
+from models.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The job was accepted behind `position` others."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`step` of `total_steps` evaluations over all images are done."""
+
+    step: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What one image looks like after `step` evaluations."""
+
+    image: Image.Image
+    step: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All images are there."""
+
+    images: list[Image.Image]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job ends without images."""
+
+    error: ServiceError
+
+
+Event = Queued | Progress | Preview | Finished | Failed
+
+
+@dataclass
+class Timing:
+    """Moments of a job on the monotonic clock, in seconds; `started` when the first tick took it."""
+
+    submitted: float = 0.0
+    started: float = 0.0
+    denoised: float = 0.0
+    finished: float = 0.0
+
+    @property
+    def queue(self) -> float:
+        """Seconds in the queue."""
+        return self.started - self.submitted
+
+    @property
+    def denoise(self) -> float:
+        """Seconds from the start, text encoding included, to the last step."""
+        return self.denoised - self.started
+
+    @property
+    def decode(self) -> float:
+        """Seconds from the last step to the last picture."""
+        return self.finished - self.denoised
+
+
+@dataclass(eq=False)
+class Lane:
+    """One image of a job on its way through the engine; what the batcher orders."""
+
+    job: Job
+    index: int
+    group: Hashable
+    trajectory: Trajectory | None = None
+    image: Image.Image | None = None
+    feature_bytes: int = 0
+
+    @property
+    def started(self) -> bool:
+        """Whether its trajectory exists."""
+        return self.trajectory is not None
+
+    @property
+    def step(self) -> int:
+        """Evaluations done."""
+        return 0 if self.trajectory is None else self.trajectory.step
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the coming step."""
+        return sum(1 for _ in self.job.run.steps[self.step])
+
+
+@dataclass(eq=False)
+class Job:
+    """A run of one model, and `post`, which hands an event to whoever waits (any thread, returns at once)."""
+
+    id: str
+    model: str
+    run: Run
+    acceleration: str
+    post: Callable[[Event], None]
+    progress: bool = False
+    previews: int = 0
+    cancelled: str | None = None
+    timing: Timing = field(default_factory=Timing)
+    lanes: list[Lane] = field(init=False)
+    preview_steps: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        group = (self.model, self.run.width, self.run.height)
+        self.lanes = [Lane(self, index, group) for index in range(len(self.run.seeds))]
+        self.preview_steps = preview_steps(self.previews, len(self.run.steps))
+        rows = (sum(1 for _ in step) for step in reversed(self.run.steps))
+        self._rows_left = [0, *accumulate(rows)][::-1]
+
+    @property
+    def group(self) -> Hashable:
+        """Equal for jobs that can share a forward: the same model at the same size."""
+        return self.lanes[0].group
+
+    @property
+    def steps_done(self) -> int:
+        """Evaluations done, over all images."""
+        return sum(lane.step for lane in self.lanes)
+
+    @property
+    def total_steps(self) -> int:
+        """Evaluations of the whole job."""
+        return len(self.run.steps) * len(self.lanes)
+
+    @property
+    def rows_left(self) -> int:
+        """Rows over all steps and images still to be computed."""
+        return sum(self._rows_left[lane.step] for lane in self.lanes)
+
+
+def preview_steps(count: int, num_steps: int) -> frozenset[int]:
+    """The steps after which a partial image is shown: `count` of them evenly over the run, never the last step."""
+    return frozenset(k * num_steps // (count + 1) for k in range(1, count + 1)) - {0, num_steps}

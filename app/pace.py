@@ -1,0 +1,49 @@
+"""How fast the device works, learned from the ticks it did: what `Retry-After` and the rows cap are predicted from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+SMOOTHING = 0.1
+FIRST_GUESS = 0.05
+
+
+class Pace:
+    """Seconds that one row of one step takes, by model: an exponential average over measured ticks."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    def observe(self, model: str, rows: int, seconds: float) -> None:
+        """Learn from a tick of `rows` rows that took `seconds`."""
+        measured = seconds / rows
+        known = self._seconds.get(model, measured)
+        self._seconds[model] = known + SMOOTHING * (measured - known)
+
+    def predict(self, work: Iterable[tuple[str, int]]) -> float:
+        """Seconds until this much work, as (model, rows over all steps left), is done."""
+        return sum(self._seconds.get(model, FIRST_GUESS) * rows for model, rows in work)
+
+
+def retry_after(seconds: float) -> int:
+    """A wait in whole seconds for a client that was refused: at least one, at most an hour."""
+    return min(max(math.ceil(seconds), 1), 3600)
+
+
+def knee(seconds_of: Callable[[int], float], most: int, budget: float, gain: float = 0.95) -> int:
+    """Rows a tick beyond which more rows stop paying: doubled from 2 while a row gets at least 5 % cheaper.
+
+    `seconds_of(rows)` measures a tick. The search ends at `most` rows, or where the next tick would leave the `budget`
+    of seconds.
+    """
+    rows = 2
+    seconds = seconds_of(rows)
+    spent = seconds
+    while rows * 2 <= most and spent + 2 * seconds <= budget:
+        wider = seconds_of(rows * 2)
+        spent += wider
+        if wider / (rows * 2) > gain * seconds / rows:
+            break
+        rows, seconds = rows * 2, wider
+    return rows

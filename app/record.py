@@ -1,0 +1,28 @@
+"""What is known of one HTTP request when it ends: filled in on the way, then counted and logged once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from app.errors import ServiceError
+from app.metrics import UNKNOWN
+
+
+@dataclass
+class Record:
+    """Facts of one request. `endpoint` stays empty for routes that generate nothing."""
+
+    request_id: str
+    endpoint: str = ""
+    model: str = UNKNOWN
+    acceleration: str = UNKNOWN
+    outcome: str = "ok"
+    status: int = 0
+    code: str = ""
+    error: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def failed(self, error: ServiceError) -> None:
+        """Note how it failed."""
+        self.outcome, self.code, self.error, self.status = error.outcome, error.code, error.message, error.status

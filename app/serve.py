@@ -1,0 +1,91 @@
+"""`slipstream serve`: uvicorn around the app; SIGTERM drains, then the process ends with 0."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from app.engine import Engine
+from app.logs import SERVER, configure
+from app.main import create_app
+from app.settings import Settings
+
+ANSWER_SECONDS = 10
+"""What responses may still take to be sent once the engine has finished."""
+
+
+class Server(uvicorn.Server):
+    """Drains on the first SIGTERM or SIGINT, stops at once on the second. Ends where the engine cannot load."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=ANSWER_SECONDS,
+        )
+        super().__init__(config)
+        self._engine: Engine = app.state.engine
+        self._settings = settings
+        self._draining_since: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: the first one drains."""
+        if self._draining_since is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self._draining_since = time.monotonic()
+        # Not self._engine.drain() here: a signal may come while this very thread holds the engine's lock.
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to stop."""
+        if self._engine.failure is not None and not self._engine.backbones:
+            return True
+        if self._draining_since is not None:
+            self._engine.drain()
+            late = time.monotonic() - self._draining_since > self._settings.drain_seconds
+            if late or not self._engine.jobs:
+                if late and self._engine.jobs:
+                    SERVER.warning("%d requests are cut off: drain_seconds have passed", self._engine.jobs)
+                    await asyncio.to_thread(self._engine.close, 1.0)
+                return True
+        return await super().on_tick(counter)
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        """Listen, then say where, and when the models are there."""
+        await super().startup(sockets)  # type: ignore[arg-type]
+        if self.started:
+            asyncio.get_running_loop().create_task(self._announce())
+
+    async def _announce(self) -> None:
+        port = self.servers[0].sockets[0].getsockname()[1]
+        address = f"http://{self._settings.host}:{port}"
+        SERVER.info("listening on %s, loading %s", address, ", ".join(self._settings.model))
+        while self._engine.state == "loading":
+            await asyncio.sleep(0.05)
+        if self._engine.ready:
+            names = ", ".join(f"{name} on {b.device}" for name, b in self._engine.backbones.items())
+            SERVER.info("ready: %s; playground at %s/, API at %s/docs", names, address, address)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal comes; the process's exit code: 0 after a drain, 1 where no model could be loaded."""
+    configure(settings)
+    app = create_app(settings)
+    server = Server(app, settings)
+    previous = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)}
+    server.run()
+    for sig, handler in previous.items():
+        signal.signal(sig, handler)
+    failure = app.state.engine.failure
+    if failure is not None:
+        SERVER.error("%s", failure)
+    return 0 if failure is None and server.started else 1

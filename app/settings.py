@@ -1,0 +1,91 @@
+"""Every setting of the server, once: name, default, range and meaning. Flags and SLIPSTREAM_ variables come from here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Names = Annotated[tuple[str, ...], NoDecode]
+"""Several values: a repeated flag, or separated by commas in the environment."""
+
+BUNDLED_MODELS = ("shapes-sd", "shapes-dit")
+
+
+class Settings(BaseSettings):
+    """The server's settings: constructor arguments go before environment variables, those before defaults."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SLIPSTREAM_", extra="ignore", frozen=True, hide_input_in_errors=True, validate_default=False
+    )
+
+    model: Names = Field(
+        BUNDLED_MODELS, description="Models to serve: bundled name, directory or hub id. First is default."
+    )
+    adapter: Names = Field((), description="Guidance students, MODEL=PATH each, known by the path's last part.")
+    plan: Names = Field((), description="DiTFastAttn plans, MODEL=PATH each, known by the file's name.")
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Weights and arithmetic.")
+    compile: bool = Field(False, description="Compile the network's repeated blocks with torch.compile.")
+    torch_threads: int = Field(0, ge=0, le=1024, description="CPU threads of an operator; 0 lets torch choose.")
+
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="Bearer keys; none: no key is asked for."
+    )
+    metrics_require_key: bool = Field(False, description="Whether /metrics asks for a key too.")
+    cors_origins: Names = Field((), description="Origins whose pages may call this server; none: CORS is off.")
+
+    max_rows: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
+        "auto", description="Rows a tick; auto measures at start where more rows stop paying."
+    )
+    max_queue: int = Field(256, ge=1, le=100_000, description="Requests that may wait.")
+    max_feature_bytes: int = Field(
+        4 * 2**30, ge=0, description="Remembered features above which no further image is started."
+    )
+    decode_chunk: int = Field(4, ge=1, le=64, description="Images decoded between two ticks.")
+    max_body_bytes: int = Field(24 * 2**20, ge=1024, description="Size of a request's body.")
+    max_pixels: int = Field(2**21, ge=64, description="Width times height of an image.")
+    max_steps: int = Field(250, ge=1, le=1000, description="Inference steps of a request.")
+    max_images: int = Field(10, ge=1, le=1000, description="Images of a request.")
+    max_prompt_length: int = Field(4000, ge=1, description="Characters of a prompt.")
+    max_image_pixels: int = Field(
+        2**24, ge=64, description="Pixels of an uploaded image, checked before it is decoded."
+    )
+    deadline_seconds: float = Field(600.0, gt=0, le=86_400, description="Longest a request may take.")
+    drain_seconds: float = Field(60.0, ge=0, le=86_400, description="Longest wait for accepted requests on SIGTERM.")
+
+    log_format: Literal["auto", "json", "human"] = Field("auto", description="auto: human on a terminal, else json.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity logged.")
+    log_file: Path | None = Field(None, description="Log into this file instead of standard error.")
+
+    @field_validator("model", "adapter", "plan", "api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """Comma separated, as in the environment; a list, as from repeated flags, is taken as it is."""
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @model_validator(mode="after")
+    def _served(self) -> Self:
+        if not self.model:
+            raise ValueError("model: name at least one")
+        names = {Path(model).name for model in self.model}
+        if len(names) != len(self.model):
+            raise ValueError("model: two models of the same name")
+        for field, values in (("adapter", self.adapter), ("plan", self.plan)):
+            for value in values:
+                if value.partition("=")[0] not in names or not value.partition("=")[2]:
+                    raise ValueError(
+                        f"{field}: {value!r} is not MODEL=PATH with MODEL one of {', '.join(sorted(names))}"
+                    )
+        return self
+
+    def files(self, field: Literal["adapter", "plan"], model: str) -> dict[str, Path]:
+        """The adapters or plans given for one model, by name."""
+        pairs = (value.partition("=")[::2] for value in getattr(self, field))
+        return {Path(path).stem: Path(path) for name, path in pairs if name == model}

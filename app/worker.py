@@ -1,0 +1,289 @@
+"""The device's work, one piece at a time: a tick, then a few decoded images. Runs on the engine thread only."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from app.batcher import Batcher
+from app.errors import ForwardFailed, Impossible, Internal, NonFinite, OutOfMemory, ServiceError
+from app.job import Event, Failed, Finished, Job, Lane, Preview, Progress
+from app.logs import SERVER
+from app.metrics import Metrics
+from app.pace import Pace
+from app.settings import Settings
+from models.backbones.base import Backbone
+from models.denoise import advance
+from models.device import Fence, out_of_memory, release_memory
+from models.errors import RequestError
+from models.generate import decode, start
+from models.plan import StepRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, eq=False)
+class Decode:
+    """Latents that wait to become a picture: final ones, or a preview after `step` evaluations."""
+
+    lane: Lane
+    latents: Tensor
+    step: int | None = None
+
+
+class Worker:
+    """Owns the batcher and everything on the device. `started` and `ended` tell the engine what became of a job."""
+
+    def __init__(
+        self,
+        backbones: Mapping[str, Backbone],
+        max_rows: Mapping[str, int],
+        settings: Settings,
+        metrics: Metrics,
+        pace: Pace,
+        clock: Clock,
+        started: Callable[[Job], None],
+        ended: Callable[[Job, Event], None],
+    ) -> None:
+        self._backbones = backbones
+        self._settings = settings
+        self._metrics = metrics
+        self._pace = pace
+        self._clock = clock
+        self._started = started
+        self._ended = ended
+        self._max_rows = max_rows
+        self._lowered: dict[Hashable, int] = {}  # caps of groups that ran out of memory
+        self._batcher: Batcher[Lane] = Batcher(self._cap)
+        self._decodes: deque[Decode] = deque()
+        self._chunk = settings.decode_chunk
+        self._feature_bytes: defaultdict[str, int] = defaultdict(int)
+        self._fence = Fence()
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._decodes) or len(self._batcher) > 0
+
+    def add(self, job: Job) -> None:
+        """Take a job in; the tick that first takes one of its images starts it."""
+        for lane in job.lanes:
+            self._batcher.add(lane)
+
+    def drop(self, job: Job) -> None:
+        """Forget a job: its rows are in no later tick, and its memory is free."""
+        for lane in job.lanes:
+            self._batcher.discard(lane)
+            self._remember(lane, 0)
+            lane.trajectory = None
+        self._decodes = deque(d for d in self._decodes if d.lane.job is not job)
+
+    def work(self) -> None:
+        """One tick and one chunk of decoding, so that neither keeps the other waiting."""
+        lanes = self._batcher.next(may_start=sum(self._feature_bytes.values()) < self._settings.max_feature_bytes)
+        if lanes:
+            self._tick(lanes)
+        if self._decodes:
+            self._decode()
+
+    def _cap(self, group: Hashable) -> int:
+        model, _, _ = group  # type: ignore[misc]
+        return self._lowered.get(group, self._max_rows[model])
+
+    def _end(self, job: Job, event: Event) -> None:
+        self.drop(job)
+        job.timing.finished = self._clock()
+        self._ended(job, event)
+
+    def _fail(self, lanes: Sequence[Lane], error: Callable[[str], ServiceError], message: str) -> None:
+        for job in {lane.job for lane in lanes}:
+            self._end(job, Failed(error(message)))
+
+    # Starting
+
+    def _start(self, jobs: Sequence[Job], backbone: Backbone) -> None:
+        """Encode the prompts of all jobs as one batch, then make their trajectories; one that fails fails alone."""
+        began = self._clock()
+        prompts = [p for job in jobs for p in _prompts(job)]
+        if backbone.spec.has_text_encoder and backbone.spec.layout != "dit":
+            error = _attempt(partial(backbone.conditioner.encode, prompts))
+            if error is not None:
+                SERVER.warning("encoding %d prompts together failed, trying one by one: %s", len(prompts), error)
+        for job in jobs:
+            error = _attempt(partial(self._start_one, job, backbone))
+            if error is not None:
+                self._end(job, Failed(_start_error(error)))
+                continue
+            job.timing.started = began
+            self._metrics.queue_seconds.labels(job.model).observe(job.timing.queue)
+            self._metrics.stage_seconds.labels("encode").observe(self._clock() - began)
+            self._started(job)
+
+    def _start_one(self, job: Job, backbone: Backbone) -> None:
+        for lane, trajectory in zip(job.lanes, start(backbone, job.run), strict=True):
+            trajectory.watched = bool(job.preview_steps)
+            lane.trajectory = trajectory
+
+    # Denoising
+
+    def _tick(self, lanes: Sequence[Lane]) -> None:
+        model = lanes[0].job.model
+        backbone = self._backbones[model]
+        fresh = {lane.job: None for lane in lanes if not lane.started}
+        if fresh:
+            self._start(list(fresh), backbone)
+        began = self._clock()
+        rows, plans = 0, set()
+        for lane in lanes:
+            if lane.trajectory is not None:
+                rows += lane.trajectory.num_rows
+                plans.add(_asked(lane.trajectory.plan))
+        if not rows:
+            return
+        stepped = self._advance(lanes, backbone)
+        self._fence.mark(backbone.device)
+        seconds = self._clock() - began
+        if not stepped:
+            return
+        self._pace.observe(model, rows, seconds)
+        self._metrics.tick_seconds.labels(model).observe(seconds)
+        self._metrics.tick_rows.labels(model).observe(rows)
+        self._metrics.tick_plans.labels(model).observe(len(plans))
+        self._after(stepped)
+
+    def _advance(self, lanes: Sequence[Lane], backbone: Backbone) -> list[Lane]:
+        """Advance what can be advanced and return it. Out of memory halves the batch, until single images fail."""
+        parts = deque([list(lanes)])
+        stepped: list[Lane] = []
+        while parts:
+            part = {lane: lane.trajectory for lane in parts.popleft() if lane.trajectory is not None}
+            if not part:
+                continue
+            before = {lane: lane.step for lane in part}
+            reduced = {lane: trajectory.plan.reduced for lane, trajectory in part.items()}
+            rows = sum(trajectory.num_rows for trajectory in part.values())
+            error = _attempt(partial(advance, backbone, list(part.values())))
+            if error is None or out_of_memory(error):
+                done = [lane for lane in part if lane.step > before[lane]]
+                stepped += done
+                self._count_steps(done, reduced)
+            if error is None:
+                continue
+            left = [lane for lane in part if lane.step == before[lane]]
+            if not out_of_memory(error):
+                SERVER.error("a tick of %d images failed", len(part), exc_info=error)
+                self._fail(list(part), ForwardFailed, "the model failed on this batch")
+                continue
+            self._metrics.out_of_memory.inc()
+            release_memory()
+            if len(part) == 1:
+                self._fail(left, OutOfMemory, "the device has not enough memory for this request")
+                continue
+            SERVER.warning("out of memory with %d rows, trying halves", rows)
+            self._lowered[left[0].group] = max(1, rows // 2)
+            middle = (len(left) + 1) // 2
+            parts.extendleft(half for half in (left[middle:], left[:middle]) if half)
+        return [lane for lane in stepped if lane.started]
+
+    def _count_steps(self, lanes: Sequence[Lane], reduced: Mapping[Lane, bool]) -> None:
+        for lane in lanes:
+            kind = "reduced" if reduced[lane] else "full"
+            self._metrics.steps.labels(lane.job.model, lane.job.acceleration, kind).inc()
+
+    def _after(self, lanes: Sequence[Lane]) -> None:
+        """Hand over what a tick brought: progress, previews, finished latents."""
+        for lane in lanes:
+            trajectory, job = lane.trajectory, lane.job
+            if trajectory is None:  # its job failed with another of its images
+                continue
+            self._remember(lane, trajectory.memory_bytes())
+            if trajectory.done:
+                self._batcher.discard(lane)
+                if not trajectory.finite():
+                    self._fail(
+                        [lane], NonFinite, "the image ended in NaN or infinity; another seed or scheduler may do"
+                    )
+                    continue
+                self._decodes.append(Decode(lane, trajectory.latents))
+                job.timing.denoised = self._clock()
+            elif trajectory.step in job.preview_steps:
+                self._decodes.append(Decode(lane, trajectory.preview(), trajectory.step))
+        for job in {lane.job: None for lane in lanes if lane.started and lane.job.progress}:
+            job.post(Progress(job.steps_done, job.total_steps))
+
+    def _remember(self, lane: Lane, size: int) -> None:
+        if size != lane.feature_bytes:
+            self._feature_bytes[lane.job.model] += size - lane.feature_bytes
+            lane.feature_bytes = size
+            self._metrics.feature_bytes.labels(lane.job.model).set(self._feature_bytes[lane.job.model])
+
+    # Decoding
+
+    def _decode(self) -> None:
+        """Decode the oldest latents and those behind them that fit into the same batch."""
+        group = self._decodes[0].lane.group
+        chunk = [d for d in self._decodes if d.lane.group == group][: self._chunk]
+        images: list[object] = []
+        backbone = self._backbones[chunk[0].lane.job.model]
+        error = _attempt(lambda: images.extend(decode(backbone, [d.latents for d in chunk])))
+        if error is not None and out_of_memory(error):
+            self._metrics.out_of_memory.inc()
+            release_memory()
+            if len(chunk) > 1:
+                self._chunk = len(chunk) // 2
+                return
+        taken = set(chunk)
+        self._decodes = deque(d for d in self._decodes if d not in taken)
+        if error is not None:
+            SERVER.error("decoding %d images failed", len(chunk), exc_info=error)
+            kind = OutOfMemory if out_of_memory(error) else ForwardFailed
+            self._fail([d.lane for d in chunk], kind, "the images could not be decoded")
+            return
+        for waiting, image in zip(chunk, images, strict=True):
+            self._deliver(waiting, image)
+
+    def _deliver(self, decoded: Decode, image: object) -> None:
+        lane, job = decoded.lane, decoded.lane.job
+        if decoded.step is not None:
+            job.post(Preview(image, decoded.step, lane.index))  # type: ignore[arg-type]
+            return
+        lane.image = image  # type: ignore[assignment]
+        images = [other.image for other in job.lanes if other.image is not None]
+        if len(images) == len(job.lanes):
+            self._end(job, Finished(images))
+
+
+def _attempt(work: Callable[[], object]) -> Exception | None:
+    """Do it, or return what it raised. The traceback's frames, which hold tensors, are let go of."""
+    try:
+        work()
+    except Exception as error:
+        if not out_of_memory(error):
+            return error
+        return error.with_traceback(None)
+    return None
+
+
+def _prompts(job: Job) -> list[str | None]:
+    request = job.run.request
+    return [request.prompt, request.negative_prompt] if job.run.guided else [request.prompt]
+
+
+def _start_error(error: Exception) -> ServiceError:
+    if isinstance(error, RequestError):
+        return Impossible.of(error)
+    if out_of_memory(error):
+        return OutOfMemory("the device has not enough memory to start this request")
+    SERVER.error("a request could not be started", exc_info=error)
+    return Internal("the request could not be started")
+
+
+def _asked(step: StepRows) -> tuple[object, ...]:
+    """What a step does, without what it remembers: equal for steps that run the same."""
+    return tuple((p.exit, p.cached, p.attention, p.window, p.adapter) for p in step)

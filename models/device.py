@@ -1,0 +1,75 @@
+"""What a service asks of the device besides a forward: is this out of memory, how much is in use, how many threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on one GPU: this process's tensors, its reserved pool and peak, and the whole card's use and size."""
+
+    device: str
+    allocated: int
+    reserved: int
+    peak: int
+    used: int
+    total: int
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the device (or the host) had no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def release_memory() -> None:
+    """Give cached device memory back, so that the next attempt finds it in one piece."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def device_memory() -> list[DeviceMemory]:
+    """The memory of each GPU in use by this process; none where there is no GPU."""
+    if not torch.cuda.is_initialized():
+        return []
+    found = []
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        allocated, reserved = torch.cuda.memory_allocated(i), torch.cuda.memory_reserved(i)
+        peak = torch.cuda.max_memory_allocated(i)
+        found.append(DeviceMemory(f"cuda:{i}", allocated, reserved, peak, total - free, total))
+    return found
+
+
+def set_threads(count: int) -> None:
+    """Let operators of the calling thread use `count` CPU cores."""
+    torch.set_num_threads(count)
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it; for measuring."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Fence:
+    """Lets the host prepare one tick while the device computes another, and no more: `mark` after each tick.
+
+    Without it a host that never waits would queue work without end, and neither a departure nor a new arrival would
+    take effect for as long as the queue is.
+    """
+
+    def __init__(self) -> None:
+        self._last: torch.cuda.Event | None = None
+
+    def mark(self, device: torch.device) -> None:
+        """Wait for the tick before this one; on a CPU every tick is done when it returns."""
+        if device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        if self._last is not None:
+            self._last.synchronize()
+        self._last = event
