@@ -67,7 +67,10 @@ def _terms(file: Path, weights: dict[str, Tensor], metadata: dict[str, str], net
     shapes = {key.removesuffix(".weight"): t.shape for key, t in network.state_dict().items() if t.ndim == 2}
     weights = {k.removeprefix("unet.").removeprefix("transformer."): v for k, v in weights.items()}
     alphas = {k.removesuffix(".alpha"): float(v) for k, v in weights.items() if k.endswith(".alpha")}
-    weights = convert_all_state_dict_to_peft({k: v for k, v in weights.items() if not k.endswith(".alpha")})
+    try:
+        weights = convert_all_state_dict_to_peft({k: v for k, v in weights.items() if not k.endswith(".alpha")})
+    except ValueError as error:
+        raise ModelLoadError(f"{file}: these are no LoRA weights: {error}") from error
     settings = _peft_settings(file, metadata)
     terms: Terms = {}
     rank = 0

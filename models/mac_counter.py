@@ -23,7 +23,7 @@ from models.backbones.attention import install
 from models.backbones.base import Network
 from models.backbones.dit import DiT
 from models.backbones.groups import AttentionGroups
-from models.backbones.unet import UNet
+from models.backbones.unet import UNet, truncate
 from models.errors import ModelLoadError
 from models.plan import Exit, RowPlan, StepRows
 from models.rows import Conditioning, Row
@@ -45,12 +45,16 @@ class MacCounter:
         latent_size: tuple[int, int],
         text_tokens: int = 77,
         attention_matmuls: bool = True,
+        depth: int | None = None,
     ) -> None:
+        """`depth`: of a U-Net loaded in part, the input blocks that were."""
         name = str(config.get("_class_name"))
         if name not in NETWORKS:
             raise ModelLoadError(f"config: {name} is not one of {', '.join(NETWORKS)}")
         with torch.device("meta"):
             module = getattr(diffusers, name).from_config(config)
+        if depth is not None:
+            truncate(module, depth)
         self._config = config
         self._network = NETWORKS[name](module.eval())
         if name != "UNet2DModel":

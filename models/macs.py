@@ -30,7 +30,8 @@ class Usage:
 
 def usage(backbone: Backbone, run: Run) -> Usage:
     """What a run costs over all its images."""
-    counter = counter_for(backbone, run.width, run.height)
+    given = run.request.prompt_embeds
+    counter = counter_for(backbone, run.width, run.height, None if given is None else given.shape[1])
     lora = backbone.loras[run.adapter] if run.adapter is not None else None
     images, steps = len(run.seeds), len(run.steps)
     rows = sum(1 if step.unconditional is None else 2 for step in run.steps)
@@ -38,13 +39,19 @@ def usage(backbone: Backbone, run: Run) -> Usage:
     return Usage(steps, rows * images, counter.run(run.steps, lora) * images, plain * images)
 
 
-def counter_for(backbone: Backbone, width: int, height: int) -> MacCounter:
-    """The counter of a loaded model at a size in pixels; made once a size."""
-    scale = backbone.spec.latent_scale
+def counter_for(backbone: Backbone, width: int, height: int, text_tokens: int | None = None) -> MacCounter:
+    """The counter of a loaded model at a size in pixels and a length of prompt; made once a size."""
+    scale, text_tokens = backbone.spec.latent_scale, text_tokens or backbone.conditioner.text_tokens
     size = (height // scale, width // scale)
-    if size not in backbone.counters:
-        backbone.counters[size] = MacCounter(_config(backbone), size, backbone.conditioner.text_tokens)
-    return backbone.counters[size]
+    if (*size, text_tokens) not in backbone.counters:
+        counter = MacCounter(_config(backbone), size, text_tokens, depth=_loaded_depth(backbone))
+        backbone.counters[*size, text_tokens] = counter
+    return backbone.counters[*size, text_tokens]
+
+
+def _loaded_depth(backbone: Backbone) -> int | None:
+    """How many input blocks were loaded of a U-Net that was loaded in part."""
+    return backbone.spec.depth if getattr(backbone.network.module, "mid_block", ()) is None else None
 
 
 def _config(backbone: Backbone) -> dict[str, Any]:
@@ -103,7 +110,8 @@ def macs(
     )
     run = resolve(spec, scheduler_config, request)
     size = (run.height // spec.latent_scale, run.width // spec.latent_scale)
-    counter = MacCounter(config, size, text_tokens, attention_matmuls)
+    depth = _loaded_depth(model) if isinstance(model, Backbone) else None
+    counter = MacCounter(config, size, text_tokens, attention_matmuls, depth)
     lora = loras[run.adapter] if run.adapter is not None else None
     steps = tuple(counter.step(step, lora) for step in run.steps)
     row = counter.row(RowPlan())

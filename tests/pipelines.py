@@ -216,7 +216,8 @@ def save_adapter(network: Any, folder: Path, *, rank: int = 2, alpha: float | No
     tensors = {f"{prefix}.{name}": value.float().contiguous() for name, value in weights.items()}
     header = {"format": "pt"} | {name: str(value) for name, value in metadata.items()}
     if alpha is not None:
-        header["lora_adapter_metadata"] = json.dumps({f"{prefix}.r": rank, f"{prefix}.lora_alpha": alpha})
+        settings = {f"{prefix}.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+        header["lora_adapter_metadata"] = json.dumps(settings)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHT_NAME, header)
     return folder

@@ -39,6 +39,9 @@ LAYOUTS: dict[str, Layout] = {
 }
 """Pipeline classes that can be served. A family is added by a file beside this and a line here."""
 
+_TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+"""Parts that a directory may leave out: requests then bring their embeddings along."""
+
 
 def load(
     name: str,
@@ -60,15 +63,15 @@ def load(
     directory = _locate(name)
     device = _device(device)
     dtype = _dtype(dtype, device)
-    index = json.loads((directory / "model_index.json").read_text())
+    index = _json(directory / "model_index.json")
     layout = LAYOUTS.get(str(index.get("_class_name")))
     if layout is None:
         raise ModelLoadError(f"{name}: {index.get('_class_name')} is not one of {', '.join(LAYOUTS)}")
     part = "unet" if layout in ("sd", "sdxl") else "transformer"
-    config = json.loads((directory / part / "config.json").read_text())
-    overrides: dict[str, Any] = {}
+    config = _json(directory / part / "config.json")
+    overrides: dict[str, Any] = {n: None for n in _TEXT_PARTS if n in index and not (directory / n).is_dir()}
     if layout == "sd":
-        overrides = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        overrides |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     if depth is not None:
         overrides["unet"] = _truncated_unet(directory / "unet", config, depth, layout, dtype)
     pipeline = _read(directory, str(index["_class_name"]), dtype, overrides).to(device)
@@ -142,8 +145,8 @@ def _truncated_unet(directory: Path, config: dict[str, Any], depth: int, layout:
     levels = UNet(unet).depth
     if not 1 <= depth <= levels:
         raise ModelLoadError(f"depth: {depth} is not in 1..{levels}")
-    truncate(unet, depth)
-    wanted = unet.state_dict().keys()
+    names = truncate(unet, depth)
+    wanted = set(names.values())
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
@@ -151,7 +154,7 @@ def _truncated_unet(directory: Path, config: dict[str, Any], depth: int, layout:
     missing = wanted - weights.keys()
     if missing:
         raise ModelLoadError(f"{directory}: {len(missing)} weights are missing, {min(missing)} first")
-    unet.load_state_dict(weights, assign=True)
+    unet.load_state_dict({name: weights[stored] for name, stored in names.items()}, assign=True)
     return unet
 
 
@@ -170,7 +173,15 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def _extras(directory: Path) -> dict[str, Any]:
     """What a model says of itself beyond diffusers' layout: defaults, examples, a description."""
     file = directory / "slipstream.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return _json(file) if file.is_file() else {}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{file}: cannot be read: {error}") from error
+    return found
 
 
 def _found(directory: Path, kind: str, suffix: str = "") -> dict[str, str | Path]:

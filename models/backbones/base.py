@@ -49,7 +49,7 @@ class Backbone:
     loras: Mapping[str, Lora]
     device: torch.device
     dtype: torch.dtype
-    counters: dict[tuple[int, int], MacCounter] = field(default_factory=dict, repr=False)  # by latent size
+    counters: dict[tuple[int, int, int], MacCounter] = field(default_factory=dict, repr=False)  # latent size, prompt
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]) -> Tensor:
         """One forward of the network over rows sorted by its `order`."""

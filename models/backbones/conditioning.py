@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.errors import OutOfRange, RequestError
+from models.errors import OutOfRange, RequestError, WrongBackbone
 from models.plan import Role
 from models.request import Request, Run
 from models.rows import Conditioning
@@ -49,6 +49,7 @@ class Conditioner:
         result: dict[Role, Conditioning] = {"conditional": conditional}
         if run.guided:
             result["unconditional"] = self._negative(run.request, conditional)
+            self._check_alike(conditional, result["unconditional"])
         for conditioning in result.values():
             conditioning |= self._size(run)
         return result
@@ -83,6 +84,14 @@ class Conditioner:
         embeds, _ = pipeline.encode_prompt(texts, num_images_per_prompt=1, **options)
         return {"encoder_hidden_states": embeds}
 
+    @staticmethod
+    def _check_alike(conditional: Conditioning, unconditional: Conditioning) -> None:
+        """Both rows go through one forward."""
+        for name, tensor in conditional.items():
+            if (given := tuple(unconditional[name].shape)) != tuple(tensor.shape):
+                reason = f"its {name} are {given}, those of the prompt {tuple(tensor.shape)}"
+                raise OutOfRange("negative_prompt_embeds", reason)
+
     def _given(self, request: Request) -> Conditioning | None:
         if request.prompt_embeds is None:
             return None
@@ -96,9 +105,14 @@ class Conditioner:
         zeros = self._layout == "sdxl" and self._pipeline.config.force_zeros_for_empty_prompt
         if zeros and not request.negative_prompt:
             return {k: torch.zeros_like(v) for k, v in conditional.items()}
+        if not self.modules():
+            raise WrongBackbone("negative_prompt_embeds", "are needed for guidance: the model has no text encoder")
         return self.encode([request.negative_prompt])[0]
 
     def _tensors(self, embeds: torch.Tensor, mask: torch.Tensor | None, pooled: torch.Tensor | None) -> Conditioning:
+        wanted = self._embeds_dim()
+        if embeds.ndim != 3 or len(embeds) != 1 or embeds.shape[2] != wanted:
+            raise OutOfRange("prompt_embeds", f"shape {tuple(embeds.shape)} is not (1, tokens, {wanted})")
         given: Conditioning = {"encoder_hidden_states": embeds.to(self._device, self._dtype)}
         if self._layout == "pixart":
             given["encoder_attention_mask"] = (torch.ones(embeds.shape[:2]) if mask is None else mask).to(self._device)
@@ -107,6 +121,11 @@ class Conditioner:
                 raise RequestError("pooled_prompt_embeds", "this model needs them beside prompt_embeds")
             given["text_embeds"] = pooled.to(self._device, self._dtype)
         return given
+
+    def _embeds_dim(self) -> int:
+        unet = self._layout in ("sd", "sdxl")
+        config = (self._pipeline.unet if unet else self._pipeline.transformer).config
+        return int(config.cross_attention_dim if unet else config.caption_channels)
 
     def _size(self, run: Run) -> Conditioning:
         size = (run.height, run.width)

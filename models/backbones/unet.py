@@ -184,11 +184,13 @@ def _out_channels(module: Any) -> int:
     return int(module.out_channels)
 
 
-def truncate(unet: Any, depth: int) -> None:
+def truncate(unet: Any, depth: int) -> dict[str, str]:
     """Drop the modules of a freshly built U-Net that `depth` input blocks never run (Kim et al., depth-skip).
 
     What stays is a prefix of the input blocks and the suffix of the output blocks that closes them; the middle goes.
+    Returns the name that each weight that stays had before.
     """
+    before = {id(tensor): name for name, tensor in unet.state_dict(keep_vars=True).items()}
     left = depth - 1  # conv_in is the first
     for block in unet.down_blocks:
         count = min(len(block.resnets), max(left, 0))
@@ -208,6 +210,7 @@ def truncate(unet: Any, depth: int) -> None:
     unet.mid_block = None
     unet.down_blocks = nn.ModuleList(b for b in unet.down_blocks if len(b.resnets) or b.downsamplers is not None)
     unet.up_blocks = nn.ModuleList(b for b in unet.up_blocks if len(b.resnets))
+    return {name: before[id(tensor)] for name, tensor in unet.state_dict(keep_vars=True).items()}
 
 
 def _cut(block: Any, kept: slice) -> None:

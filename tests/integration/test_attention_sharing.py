@@ -48,6 +48,7 @@ class PlainSharing:
         self.methods = methods
         self.clock = clock
         self.conditional = conditional
+        self.output = self.residual = torch.empty(0)
 
     def __call__(self, attn: Any, x: Tensor, **_: Any) -> Tensor:
         method = self.methods[self.clock.step]
@@ -64,7 +65,7 @@ class PlainSharing:
             self.residual = core - band if method == "full" else self._shared(core - band)
         if method.endswith("asc"):
             core = self._shared(core)
-        self.output: Tensor = attn.to_out[0](core.transpose(1, 2).flatten(2))
+        self.output = attn.to_out[0](core.transpose(1, 2).flatten(2))
         return self.output
 
     def _shared(self, rows: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def test_text_to_image(
 def test_image_to_image(
     layout: str, scheduler: str, guided: bool, images: int, backbone_of: Backbones, pipeline_of: Pipelines
 ) -> None:
-    options = {"scheduler": scheduler, "image": photo(), "strength": 0.6}
+    options: dict[str, Any] = {"scheduler": scheduler, "image": photo(), "strength": 0.6}
     [result] = generate(backbone_of(layout), [request(layout, guided, images, num_inference_steps=5, **options)])
     pipeline = pipeline_of(layout)
     if layout in UNETS:

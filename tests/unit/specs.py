@@ -1,0 +1,49 @@
+"""Models and runs as plain data, for tests that need no tensor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from models.spec import AdapterInfo, ModelSpec, RunSpec
+
+SCHEDULERS = ("ddim", "pndm", "euler", "dpmpp_2m", "heun")
+
+
+def unet_spec(depth: int = 12, **changes: Any) -> ModelSpec:
+    """A U-Net as Stable Diffusion 1.5 has it, with a student of scale 4."""
+    spec = ModelSpec(
+        name="unet",
+        family="unet",
+        layout="sd",
+        config_hash="hash",
+        depth=depth,
+        latent_channels=4,
+        latent_scale=8,
+        patch_size=1,
+        native_width=512,
+        native_height=512,
+        schedulers=SCHEDULERS,
+        adapters={"student": AdapterInfo("student", 4.0, rank=4, parameters=100)},
+    )
+    return replace(spec, **changes)
+
+
+def dit_spec(depth: int = 28, **changes: Any) -> ModelSpec:
+    """A transformer of 64 tokens at 128 pixels."""
+    shape = {"family": "dit", "layout": "pixart", "name": "dit", "patch_size": 2}
+    return replace(unet_spec(depth), **{**shape, "native_width": 128, "native_height": 128, **changes})
+
+
+def run_spec(steps: int = 10, **changes: Any) -> RunSpec:
+    """A guided run of the dit above."""
+    run = RunSpec(
+        scheduler="ddim",
+        num_inference_steps=steps,
+        num_steps=steps,
+        tokens=64,
+        guided=True,
+        guidance_scale=None,
+        negative=False,
+    )
+    return replace(run, **changes)
