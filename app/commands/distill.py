@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from app.commands.options import DeviceOption, ModelOption, OutputOption
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -14,8 +16,8 @@ def register(app: typer.Typer) -> None:
 
 
 def distill(
-    model: Annotated[str, typer.Option(help="Bundled name, directory in diffusers' layout, or hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the LoRA file and the checkpoints.")],
+    model: ModelOption,
+    output: OutputOption,
     guidance_scale: Annotated[
         float | None, typer.Option(help="The scale to bake in; default the model's.", min=1.0)
     ] = None,
@@ -37,9 +39,10 @@ def distill(
         float, typer.Option(min=0.0, max=0.9999, help="Moving average of the adapter; 0 for none.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32, or bfloat16 (autocast).")] = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
-    """Distil guidance into a LoRA that needs one row a step. An interrupted run goes on where it was."""
+    """Distil guidance into a LoRA file in --output that needs one row a step. An interrupted run goes on where it was."""
     from models.errors import SlipstreamError
     from models.training import distill as train
 
@@ -59,6 +62,7 @@ def distill(
             ema_decay=ema_decay,
             seed=seed,
             device=device,
+            precision=precision,
         )
     except SlipstreamError as error:
         typer.echo(f"slipstream distill: {error}", err=True)

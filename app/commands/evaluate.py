@@ -7,6 +7,18 @@ from typing import Annotated
 
 import typer
 
+from app.commands.options import (
+    AdapterOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    OutputOption,
+    PlanOption,
+    StepsOption,
+    parse_named,
+    progress_bar,
+)
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -14,8 +26,8 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="Bundled name, directory in diffusers' layout, or hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the JSON, table and pictures.")],
+    model: ModelOption,
+    output: OutputOption,
     acceleration: Annotated[
         list[str] | None,
         typer.Option(
@@ -25,27 +37,26 @@ def evaluate(
     captions: Annotated[int, typer.Option(min=1, help="How many held-out captions of the shapes world.")] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="Pictures a caption.")] = 1,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one a line, in place of captions.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default the model's.")] = None,
-    adapter: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a further student.")] = None,
-    plan: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a further DiTFastAttn plan.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    steps: StepsOption = None,
+    adapter: AdapterOption = None,
+    plan: PlanOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Measure rows, MACs, wall time, likeness, alignment and Fréchet distance, each beside its controls."""
-    from rich.progress import Progress
-
     from app.commands.grammar import parse
     from models import load
     from models.errors import SlipstreamError
     from models.quality import evaluate as measure
     from models.quality import report
 
+    adapters, plans = parse_named(adapter, "--adapter"), parse_named(plan, "--plan")
     lines = prompts.read_text().splitlines() if prompts is not None else []
     try:
         accelerations = [parse(text) for text in acceleration or ()]
-        backbone = load(model, device=device, dtype=dtype, adapters=_paths(adapter), plans=_paths(plan))
-        with Progress() as bar:
-            task = bar.add_task("evaluate", total=None)
+        backbone = load(model, device=device, dtype=dtype, adapters=adapters, plans=plans)
+        with progress_bar("evaluate") as bar:
+            task = bar.task_ids[0]
             evaluation = measure(
                 backbone,
                 accelerations,
@@ -60,13 +71,3 @@ def evaluate(
     files = report.write(evaluation, output)
     typer.echo(report.table(evaluation))
     typer.echo("\n".join(str(file) for file in files))
-
-
-def _paths(pairs: list[str] | None) -> dict[str, str | Path]:
-    named: dict[str, str | Path] = {}
-    for pair in pairs or ():
-        name, equals, path = pair.partition("=")
-        if not equals or not name or not path:
-            raise typer.BadParameter(f"{pair!r} is not NAME=PATH")
-        named[name] = path
-    return named

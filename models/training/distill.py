@@ -94,6 +94,7 @@ def distill(
     ema_decay: float = 0.0,
     seed: int = 0,
     device: str = "auto",
+    precision: str = "auto",
     checkpoint_seconds: float = 60.0,
 ) -> Path:
     """Train a single-pass student of `model` (name, directory or hub id) and return its LoRA file in `output`.
@@ -101,6 +102,7 @@ def distill(
     `data` is "trajectories" (the teacher's own guided DDIM runs of `num_inference_steps`, prompts only), "shapes"
     (noised rendered scenes), or a directory of pictures with captions, noised. Where `prompts` are empty, a model of
     the shapes world gets its captions. An interrupted run goes on where it was; a finished one returns at once.
+    Weights are float32; `precision` "bfloat16" takes products in less ("auto": where the hardware is made for it).
     Raises `RequestError` for settings that cannot be distilled or that differ from the interrupted run's.
     """
     output = Path(output)
@@ -136,10 +138,21 @@ def distill(
         warmup=20,
         decay_share=0.6,
         ema_decay=ema_decay,
+        autocast=_fast(precision, backbone),
         checkpoint_seconds=checkpoint_seconds,
     )
     fit(DistillTask(pair, source, learning_rate), options)
     return pair.save(output, metadata(settings))
+
+
+def _fast(precision: str, backbone: Backbone) -> bool:
+    """Whether to multiply in bfloat16: by default where the hardware does."""
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise RequestError("precision", f"{precision!r} is not auto, float32 or bfloat16")
+    if precision != "auto":
+        return precision == "bfloat16"
+    cuda = backbone.device.type == "cuda"
+    return torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
 
 
 def metadata(settings: Settings) -> dict[str, Any]:
