@@ -79,7 +79,7 @@ def base(pipeline_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     environment = {f"SLIPSTREAM_{name}": value for name, value in settings.items()}
     with process(command, tmp_path_factory.mktemp("server") / "log", **environment):
         url = f"http://127.0.0.1:{port}"
-        until(lambda: get(f"{url}/health/ready"), 60, "the server")
+        until(lambda: get(f"{url}/health/ready"), 150, "the server")
         yield url
 
 
