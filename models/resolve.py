@@ -70,13 +70,14 @@ def _bind(
 
 
 def _size(model: ModelSpec, request: Request) -> tuple[int, int]:
-    sizes = {"width": request.width or model.native_width, "height": request.height or model.native_height}
-    for name, value in sizes.items():
+    width = model.native_width if request.width is None else request.width
+    height = model.native_height if request.height is None else request.height
+    for name, value in (("width", width), ("height", height)):
         if value < 1 or value % model.size_multiple:
             raise OutOfRange(name, f"{value} is not a positive multiple of {model.size_multiple} pixels")
-    if model.layout == "dit" and sizes["width"] != sizes["height"]:
+    if model.layout == "dit" and width != height:
         raise OutOfRange("height", f"{model.name} makes square pictures only, so it must equal the width")
-    return sizes["width"], sizes["height"]
+    return width, height
 
 
 def _inputs(model: ModelSpec, request: Request) -> None:

@@ -143,6 +143,33 @@ def test_extras_beside_a_model(copied: Callable[[str], Path]) -> None:
     assert (spec.native_width, spec.native_height, spec.size_multiple) == (32, 32, 2)
 
 
+def test_the_default_scheduler_is_the_one_it_came_with(copied: Callable[[str], Path]) -> None:
+    directory = copied("sd")
+    edit(directory / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    edit(directory / "scheduler" / "scheduler_config.json", _class_name="EulerDiscreteScheduler")
+    backbone = load(str(directory), device="cpu")
+    assert backbone.spec.default_scheduler == "euler"
+    [default], [euler] = (generate(backbone, [request("sd", scheduler=name)]) for name in (None, "euler"))
+    assert torch.equal(default.latents, euler.latents)
+
+
+@pytest.mark.parametrize(
+    ("negative", "complaint"),
+    [
+        ({"negative_prompt_embeds": torch.zeros(1, 8, 32)}, "negative_prompt_embeds"),
+        ({"negative_prompt": "dull"}, "negative_prompt_embeds"),
+        ({"prompt_embeds": torch.zeros(1, 7, 31)}, "prompt_embeds"),
+        ({"prompt_embeds": torch.zeros(2, 7, 32)}, "prompt_embeds"),
+    ],
+)
+def test_embeddings_that_fit_no_forward(negative: dict[str, Any], complaint: str, backbone_of: Backbones) -> None:
+    """Refused before the first tick, so that they cannot fail the others in it."""
+    embeds = {"prompt": None, "prompt_embeds": torch.zeros(1, 7, 32)}
+    with pytest.raises(OutOfRange) as caught:
+        generate(backbone_of("sd"), [request("sd", **{**embeds, **negative})])
+    assert caught.value.field == complaint
+
+
 def test_a_backbone_does_not_change(backbone_of: Backbones) -> None:
     """Nothing is written onto the network by a run."""
     backbone = backbone_of("sd")

@@ -26,15 +26,15 @@ Backbones = Callable[..., Backbone]
 Pipelines = Callable[..., Any]
 Directories = Callable[[str], Path]
 
-STUDENT = {"prompt": "a red ring", "num_inference_steps": 4, "seed": 3, "scheduler": "ddim"}
+STUDENT: dict[str, Any] = {"prompt": "a red ring", "num_inference_steps": 4, "seed": 3, "scheduler": "ddim"}
 
 
 def student(backbone: Backbone, **options: Any) -> Request:
-    return Request(**{**STUDENT, "acceleration": CfgStudent(), **options})  # type: ignore[arg-type]
+    return Request(**{**STUDENT, "acceleration": CfgStudent(), **options})
 
 
 def base(**options: Any) -> Request:
-    return Request(**{**STUDENT, "guidance_scale": 1.0, **options})  # type: ignore[arg-type]
+    return Request(**{**STUDENT, "guidance_scale": 1.0, **options})
 
 
 def with_adapter(pipeline: Any, adapter: Path, alpha: float = 2) -> Any:
@@ -57,7 +57,7 @@ def drawn(pipeline: Any) -> Tensor:
     """The request of `student`, unguided."""
     if hasattr(pipeline, "unet"):
         options = {k: STUDENT[k] for k in ("prompt", "num_inference_steps")}
-        return by_pipeline(pipeline, "ddim", guidance_scale=1.0, generator=generators(3, 1), **options).latents  # type: ignore[arg-type]
+        return by_pipeline(pipeline, "ddim", guidance_scale=1.0, generator=generators(3, 1), **options).latents
     rows = text_conditioning(pipeline, "a red ring", "", guided=False)
     return by_loop(pipeline, "ddim", rows, steps=4, scale=1.0, seeds=generators(3, 1)).latents
 

@@ -146,7 +146,8 @@ def test_zeros_need_no_refresh() -> None:
 
 
 def test_attention_refreshes_where_guidance_comes_back() -> None:
-    methods = attention(*[("full", "full")] + [("ast", "wa-rs+asc")] * 3)
+    shared: tuple[Method, Method] = ("ast", "wa-rs+asc")
+    methods = attention(("full", "full"), shared, shared, shared)
     steps = compile_run((SelectiveGuidance(start=0.5, stop=1.0), methods), 4, guided=True)
     assert [step.conditional.attention for step in steps] == [
         ("full", "full"),

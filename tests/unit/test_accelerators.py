@@ -1,0 +1,217 @@
+"""What each accelerator plans, as a table; its parameters, defaults and ranges."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from pydantic import ValidationError
+
+from models.accelerators import (
+    REGISTRY,
+    CfgStudent,
+    DeepCache,
+    DeltaDiT,
+    DepthSkip,
+    DiTFastAttn,
+    NoAcceleration,
+    SelectiveGuidance,
+)
+from models.accelerators.base import Accelerator
+from models.accelerators.deepcache import nonuniform_steps
+from models.attention_plan import Plan
+from models.plan import Exit, StepPlan
+from tests.unit.specs import dit_spec, run_spec, unet_spec
+
+TABLE: tuple[tuple[str, ...], ...] = (("full", "full"), ("ast", "wa-rs"), ("asc", "wa-rs+asc"))
+PLAN = Plan.model_validate(
+    {
+        "model": "dit",
+        "config_hash": "hash",
+        "scheduler": "ddim",
+        "num_inference_steps": 3,
+        "tokens": 64,
+        "guidance": True,
+        "window": 7,
+        "threshold": 0.1,
+        "table": TABLE,
+    }
+)
+
+FULL, ZEROS = StepPlan(), StepPlan(exit=Exit(8, remembered=False))
+PLANS: dict[str, tuple[Accelerator, list[StepPlan]]] = {
+    "none": (NoAcceleration(), [FULL] * 4),
+    "deepcache": (DeepCache(interval=2, branch=3), [FULL, StepPlan(exit=Exit(3))] * 2),
+    "delta_dit": (
+        DeltaDiT(interval=3, blocks=5, boundary=4),
+        [
+            FULL,
+            StepPlan(cached=(23, 28)),
+            StepPlan(cached=(23, 28)),
+            FULL,
+            FULL,
+            StepPlan(cached=(0, 5)),
+            FULL,
+            StepPlan(cached=(0, 5)),
+        ],
+    ),
+    "ditfastattn": (
+        DiTFastAttn(plan=PLAN),
+        [StepPlan(attention=row, window=7) for row in PLAN.table],
+    ),
+    "cfg_student": (CfgStudent(), [StepPlan(guided=False, adapter="student")] * 3),
+    "depth_skip": (DepthSkip(depth=9), [ZEROS] * 3),
+    "selective_guidance": (
+        SelectiveGuidance(start=0.25, stop=0.75),
+        [StepPlan(guided=guided) for guided in (False, True, True, False)],
+    ),
+}
+
+
+def test_every_accelerator_has_a_plan_table() -> None:
+    assert PLANS.keys() == REGISTRY.keys()
+    assert all(type(accelerator) is REGISTRY[mode] for mode, (accelerator, _) in PLANS.items())
+
+
+@pytest.mark.parametrize("mode", REGISTRY)
+def test_plans(mode: str) -> None:
+    accelerator, expected = PLANS[mode]
+    family = accelerator.families[0]
+    model = unet_spec() if family == "unet" else dit_spec(depth=2 if mode == "ditfastattn" else 28)
+    bound = accelerator.bind(model, run_spec(steps=len(expected)))
+    assert [bound.plan(step, len(expected)) for step in range(len(expected))] == expected
+
+
+GOLDEN = {
+    (2, 15, 1.5): "0 2 4 5 7 9 10 12 14 15 16 18 20 22 24 26 28 30 32 34 37 39 42 44 47",
+    (3, 15, 1.3): "0 3 6 8 11 13 15 17 20 23 26 29 32 35 39 42 46",
+    (5, 10, 1.5): "0 4 7 10 14 19 24 30 36 43",
+    (5, 15, 1.4): "0 5 9 13 17 21 26 31 37 43",
+    (8, 10, 1.4): "0 6 10 16 23 31 40",
+}
+"""DeepCache's non-uniform full steps of 50, from the authors' code, by (interval, centre, power)."""
+
+
+@pytest.mark.parametrize(("interval", "center", "power"), GOLDEN)
+def test_nonuniform_golden_lists(interval: int, center: int, power: float) -> None:
+    expected = [int(step) for step in GOLDEN[interval, center, power].split()]
+    assert sorted(nonuniform_steps(50, interval, center, power)) == expected
+    accelerator = DeepCache(interval=interval, schedule="nonuniform", center=center, power=power)
+    assert [s for s in range(50) if accelerator.plan(s, 50).exit is None] == expected
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 20, 50, 333])
+@pytest.mark.parametrize("interval", [1, 2, 5, 400])
+@pytest.mark.parametrize(("center", "power"), [(0, 1.0), (15, 1.5), (40, 3.0), (1000, 10.0)])
+def test_nonuniform_lists_always_start_full(num_steps: int, interval: int, center: int, power: float) -> None:
+    steps = nonuniform_steps(num_steps, interval, center, power)
+    assert 0 in steps
+    assert all(0 <= step < num_steps for step in steps)
+
+
+@pytest.mark.parametrize(("num_steps", "interval", "full"), [(50, 5, 10), (7, 3, 3), (3, 10, 1), (4, 1, 4)])
+def test_uniform_takes_ceil_full_steps(num_steps: int, interval: int, full: int) -> None:
+    plans = [DeepCache(interval=interval).plan(step, num_steps) for step in range(num_steps)]
+    assert sum(plan.exit is None for plan in plans) == full
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "depth", "steps", "expected"),
+    [
+        (DeltaDiT(), 28, 20, (21, 10)),
+        (DeltaDiT(), 2, 3, (1, 1)),
+        (DeltaDiT(blocks=3, boundary=0), 28, 20, (3, 0)),
+    ],
+)
+def test_delta_dit_defaults(accelerator: DeltaDiT, depth: int, steps: int, expected: tuple[int, int]) -> None:
+    bound = accelerator.bind(dit_spec(depth), run_spec(steps))
+    assert (bound.blocks, bound.boundary) == expected
+
+
+def test_unbound_accelerators_cannot_plan() -> None:
+    for accelerator in (DeltaDiT(), DiTFastAttn(plan="absent")):
+        with pytest.raises(ValueError, match="bind"):
+            accelerator.plan(0, 1)
+
+
+RANGES: list[tuple[type[Accelerator], dict[str, Any], str]] = [
+    (DeepCache, {"interval": 0}, "interval"),
+    (DeepCache, {"interval": 1001}, "interval"),
+    (DeepCache, {"branch": -1}, "branch"),
+    (DeepCache, {"schedule": "random"}, "schedule"),
+    (DeepCache, {"center": -1}, "center"),
+    (DeepCache, {"power": 0.9}, "power"),
+    (DeepCache, {"power": float("inf")}, "power"),
+    (DeepCache, {"power": float("nan")}, "power"),
+    (DeepCache, {"mode": "delta_dit"}, "mode"),
+    (DeltaDiT, {"interval": 0}, "interval"),
+    (DeltaDiT, {"blocks": 0}, "blocks"),
+    (DeltaDiT, {"boundary": -1}, "boundary"),
+    (DiTFastAttn, {}, "plan"),
+    (DepthSkip, {}, "depth"),
+    (DepthSkip, {"depth": 0}, "depth"),
+    (SelectiveGuidance, {"start": -0.1}, "start"),
+    (SelectiveGuidance, {"stop": 1.1}, "stop"),
+    (SelectiveGuidance, {"start": 0.9, "stop": 0.2}, "start must be below stop"),
+    (CfgStudent, {"adapter": 3}, "adapter"),
+]
+
+
+@pytest.mark.parametrize(("accelerator", "values", "field"), RANGES)
+def test_ranges(accelerator: type[Accelerator], values: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValidationError, match=field):
+        accelerator(**values)
+
+
+@pytest.mark.parametrize("mode", REGISTRY)
+def test_values_are_frozen_hashable_and_refuse_unknown_fields(mode: str) -> None:
+    accelerator, _ = PLANS[mode]
+    assert hash(accelerator) == hash(accelerator.model_copy())
+    with pytest.raises(ValidationError, match="frozen"):
+        accelerator.mode = "other"  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="surprise"):
+        type(accelerator)(**{**accelerator.model_dump(by_alias=True), "surprise": 1})
+
+
+@pytest.mark.parametrize("mode", REGISTRY)
+def test_schemas(mode: str) -> None:
+    """A JSON Schema that takes what the accelerator takes, with its mode, and a word on every field."""
+    cls = REGISTRY[mode]
+    schema = cls.model_json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    accelerator, _ = PLANS[mode]
+    if mode != "ditfastattn":
+        jsonschema.validate(json.loads(accelerator.model_dump_json()), schema)
+    assert schema["properties"]["mode"]["const"] == mode
+    assert all(
+        "description" in field for name, field in schema["properties"].items() if name not in ("mode", "schedule")
+    )
+    assert not schema["additionalProperties"]
+
+
+@pytest.mark.parametrize("mode", REGISTRY)
+def test_each_says_what_it_is(mode: str) -> None:
+    cls = REGISTRY[mode]
+    assert cls.title.endswith(".")
+    assert cls.families
+    assert mode == "none" or cls.paper.startswith("https://")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"table": [["full", "full"], ["ast"]]}, "a method for every block"),
+        ({"table": [["ast", "full"]]}, "step 0 must be full"),
+        ({"guidance": False}, "asc needs guidance"),
+        ({"table": [["full", "sparse"]]}, "table"),
+        ({"table": []}, "table"),
+        ({"window": -1}, "window"),
+        ({"schema_version": 2}, "schema_version"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_plans_are_checked(change: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        Plan.model_validate({**PLAN.model_dump(), **change})

@@ -1,0 +1,68 @@
+"""Who may import whom, read from the source: models know nothing of HTTP, batcher and accelerators no tensor."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODELS = sorted((ROOT / "models").rglob("*.py"))
+APP = sorted((ROOT / "app").rglob("*.py"))
+HTTP = {"fastapi", "starlette", "uvicorn", "sse_starlette", "prometheus_client", "typer", "asyncio"}
+TENSORS = {"torch", "diffusers", "transformers", "peft", "safetensors", "numpy"}
+PURE = [*sorted((ROOT / "models" / "accelerators").glob("*.py")), ROOT / "models/plan.py", ROOT / "models/spec.py"]
+PURE += [ROOT / "models/errors.py", ROOT / "models/attention_plan.py"]
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Modules that a file imports at run time, with those inside functions, without those for type checkers alone."""
+    yield from _imports(ast.parse(file.read_text()))
+
+
+def _imports(node: ast.AST) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield child.module or ""
+        elif not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from _imports(child)
+
+
+def roots(file: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(file)}
+
+
+@pytest.mark.parametrize("file", MODELS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_models_know_nothing_of_http(file: Path) -> None:
+    assert not roots(file) & ({"app"} | HTTP)
+
+
+@pytest.mark.parametrize("file", PURE, ids=lambda file: str(file.relative_to(ROOT)))
+def test_accelerators_and_plans_touch_no_tensor(file: Path) -> None:
+    """Nor do the modules of ours that they import."""
+    assert not roots(file) & TENSORS
+    pure = {"models.accelerators"} | {f"models.{f.stem}" for f in PURE}
+    ours = {name for name in imports(file) if name.split(".")[0] == "models"}
+    assert all(name in pure or name.startswith("models.accelerators.") for name in ours)
+
+
+def test_the_batcher_touches_no_tensor() -> None:
+    file = ROOT / "app" / "batcher.py"
+    assert not roots(file) & (TENSORS | {"asyncio"})
+
+
+def test_the_rules_see_what_they_forbid() -> None:
+    assert "torch" in roots(ROOT / "models" / "denoise.py")
+    assert "matplotlib" in roots(ROOT / "models" / "attention_plan.py")  # inside a function
+    assert "models.backbones.base" not in set(imports(ROOT / "models" / "denoise.py"))  # for type checkers alone
+
+
+def test_no_module_of_the_engine_forks_or_patches_diffusers() -> None:
+    """Nothing is written onto a module after loading: no hooks, no attribute set on `module` in a forward."""
+    for file in sorted((ROOT / "models" / "backbones").glob("*.py")):
+        names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
+        assert not names & {"register_forward_hook", "register_forward_pre_hook", "__class__", "item", "tolist", "cpu"}
