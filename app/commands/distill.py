@@ -42,7 +42,7 @@ def distill(
     precision: Annotated[str, typer.Option(help="auto, float32, or bfloat16 (autocast).")] = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Distil guidance into a LoRA file in --output that needs one row a step. An interrupted run goes on where it was."""
+    """Distil guidance into a LoRA file that needs one row a step. An interrupted run goes on where it was."""
     from models.errors import SlipstreamError
     from models.training import distill as train
 
