@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+G = TypeVar("G", bound=Hashable, covariant=True)
+H = TypeVar("H", bound=Hashable)
 
 
-class Item(Protocol):
+class Item(Protocol[G]):
     """What the batcher needs to know of one image's denoising."""
 
     @property
-    def group(self) -> Hashable:
+    def group(self) -> G:
         """Equal for items that can share a forward."""
 
     @property
@@ -23,20 +26,20 @@ class Item(Protocol):
         """Whether it already holds memory on the device."""
 
 
-T = TypeVar("T", bound=Item)
+T = TypeVar("T", bound=Item[Any])
 
 
-class Batcher(Generic[T]):
+class Batcher(Generic[T, H]):
     """Groups take turns; within a group the oldest go first, as many as fit under the group's cap of rows.
 
     An item whose rows do not fit is passed over for smaller ones behind it. It cannot starve: what is older than it
     finishes, and then it is first.
     """
 
-    def __init__(self, max_rows: Callable[[Hashable], int]) -> None:
+    def __init__(self, max_rows: Callable[[H], int]) -> None:
         """`max_rows(group)`: the cap; asked anew for every tick."""
         self._max_rows = max_rows
-        self._groups: OrderedDict[Hashable, OrderedDict[T, None]] = OrderedDict()
+        self._groups: OrderedDict[H, OrderedDict[T, None]] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(len(items) for items in self._groups.values())
@@ -58,7 +61,7 @@ class Batcher(Generic[T]):
             del self._groups[item.group]
 
     def next(self, may_start: bool = True) -> list[T]:
-        """The next tick: items of one group, which then goes to the end of the turn. Empty where there is nothing to do.
+        """The next tick: items of one group, which then goes to the end of the turn. Empty where nothing is to be done.
 
         Without `may_start` only items that have started are taken, except where none has: then the oldest item alone,
         so that work always goes on.
@@ -73,7 +76,7 @@ class Batcher(Generic[T]):
             return [next(iter(self._groups[group]))]
         return []
 
-    def _take(self, group: Hashable, may_start: bool) -> list[T]:
+    def _take(self, group: H, may_start: bool) -> list[T]:
         tick: list[T] = []
         room = self._max_rows(group)
         for item in self._groups[group]:

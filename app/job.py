@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -51,6 +51,9 @@ class Failed:
     error: ServiceError
 
 
+Group = tuple[str, int, int]
+"""What can share a forward: the same model at the same width and height."""
+
 Event = Queued | Progress | Preview | Finished | Failed
 
 
@@ -85,7 +88,7 @@ class Lane:
 
     job: Job
     index: int
-    group: Hashable
+    group: Group
     trajectory: Trajectory | None = None
     image: Image.Image | None = None
     feature_bytes: int = 0
@@ -130,7 +133,7 @@ class Job:
         self._rows_left = [0, *accumulate(rows)][::-1]
 
     @property
-    def group(self) -> Hashable:
+    def group(self) -> Group:
         """Equal for jobs that can share a forward: the same model at the same size."""
         return self.lanes[0].group
 

@@ -1,4 +1,4 @@
-"""Logging: one JSON object a line for machines, readable lines for a terminal. A full disk loses lines, not requests."""
+"""Logging: one JSON object a line for machines, words for a terminal. A full disk loses lines, not requests."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Handler(logging.StreamHandler[TextIO]):
 
     lost = 0
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Count the loss: answering requests goes before logging them."""
         self.lost += 1
 

@@ -1,4 +1,4 @@
-"""Every metric, once: name, labels, buckets. Labels are bounded: models, routes, modes and outcomes, never a client's words."""
+"""Every metric, once: name, labels, buckets. Labels are bounded: models, routes, modes, outcomes; no client's words."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import re
 import time
 import uuid
@@ -18,6 +19,8 @@ from app.metrics import Metrics
 from app.problems import answer
 from app.record import Record
 
+ENDPOINTS = ("/generate", "/v1/images/generations", "/v1/images/edits")
+"""Routes that are counted, by their path."""
 ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 PAGE_POLICY = (
@@ -51,6 +54,8 @@ class Observe:
         began = time.monotonic()
         given = Headers(scope=scope).get("x-request-id", "")
         record = Record(given if ID.fullmatch(given) else uuid.uuid4().hex)
+        if scope["method"] == "POST" and scope["path"] in ENDPOINTS:
+            record.endpoint = scope["path"]
         scope.setdefault("state", {})["record"] = record
         started = False
 
@@ -87,8 +92,8 @@ class Observe:
         if record.endpoint:
             facts |= {"model": record.model, "acceleration": record.acceleration, "outcome": record.outcome}
         facts |= {"code": record.code, "error": record.error} if record.code else {}
-        level = "debug" if not record.endpoint and record.status < 400 else "info"
-        getattr(REQUESTS, level)("request", extra={"facts": facts | record.facts})
+        quiet = not record.endpoint and (record.status < 400 or scope["path"].startswith("/health/"))
+        REQUESTS.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"facts": facts | record.facts})
 
 
 class Authorize:

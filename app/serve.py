@@ -7,6 +7,8 @@ import signal
 import time
 from types import FrameType
 
+import diffusers
+import transformers
 import uvicorn
 from fastapi import FastAPI
 
@@ -36,6 +38,7 @@ class Server(uvicorn.Server):
         self._engine: Engine = app.state.engine
         self._settings = settings
         self._draining_since: float | None = None
+        self._announced = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: the first one drains."""
@@ -47,6 +50,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to stop."""
+        if not self._announced and self._engine.ready:
+            self._announce()
         if self._engine.failure is not None and not self._engine.backbones:
             return True
         if self._draining_since is not None:
@@ -60,25 +65,28 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-        """Listen, then say where, and when the models are there."""
+        """Listen, then say where."""
         await super().startup(sockets)  # type: ignore[arg-type]
         if self.started:
-            asyncio.get_running_loop().create_task(self._announce())
+            SERVER.info("listening on %s, loading %s", self._address, ", ".join(self._settings.model))
 
-    async def _announce(self) -> None:
-        port = self.servers[0].sockets[0].getsockname()[1]
-        address = f"http://{self._settings.host}:{port}"
-        SERVER.info("listening on %s, loading %s", address, ", ".join(self._settings.model))
-        while self._engine.state == "loading":
-            await asyncio.sleep(0.05)
-        if self._engine.ready:
-            names = ", ".join(f"{name} on {b.device}" for name, b in self._engine.backbones.items())
-            SERVER.info("ready: %s; playground at %s/, API at %s/docs", names, address, address)
+    @property
+    def _address(self) -> str:
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def _announce(self) -> None:
+        self._announced = True
+        names = ", ".join(f"{name} on {b.device}" for name, b in self._engine.backbones.items())
+        SERVER.info("ready: %s; playground at %s/, API at %s/docs", names, self._address, self._address)
 
 
 def serve(settings: Settings) -> int:
     """Serve until a signal comes; the process's exit code: 0 after a drain, 1 where no model could be loaded."""
     configure(settings)
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     app = create_app(settings)
     server = Server(app, settings)
     previous = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)}

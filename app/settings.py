@@ -1,4 +1,4 @@
-"""Every setting of the server, once: name, default, range and meaning. Flags and SLIPSTREAM_ variables come from here."""
+"""Every setting of the server, once: name, default, range, meaning. Flags and SLIPSTREAM_ variables come from here."""
 
 from __future__ import annotations
 

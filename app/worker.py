@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from app.batcher import Batcher
 from app.errors import ForwardFailed, Impossible, Internal, NonFinite, OutOfMemory, ServiceError
-from app.job import Event, Failed, Finished, Job, Lane, Preview, Progress
+from app.job import Event, Failed, Finished, Group, Job, Lane, Preview, Progress
 from app.logs import SERVER
 from app.metrics import Metrics
 from app.pace import Pace
@@ -59,8 +59,8 @@ class Worker:
         self._started = started
         self._ended = ended
         self._max_rows = max_rows
-        self._lowered: dict[Hashable, int] = {}  # caps of groups that ran out of memory
-        self._batcher: Batcher[Lane] = Batcher(self._cap)
+        self._lowered: dict[Group, int] = {}  # caps of groups that ran out of memory
+        self._batcher: Batcher[Lane, Group] = Batcher(self._cap)
         self._decodes: deque[Decode] = deque()
         self._chunk = settings.decode_chunk
         self._feature_bytes: defaultdict[str, int] = defaultdict(int)
@@ -92,9 +92,8 @@ class Worker:
         if self._decodes:
             self._decode()
 
-    def _cap(self, group: Hashable) -> int:
-        model, _, _ = group  # type: ignore[misc]
-        return self._lowered.get(group, self._max_rows[model])
+    def _cap(self, group: Group) -> int:
+        return self._lowered.get(group, self._max_rows[group[0]])
 
     def _end(self, job: Job, event: Event) -> None:
         self.drop(job)

@@ -26,13 +26,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 def release_memory() -> None:
     """Give cached device memory back, so that the next attempt finds it in one piece."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 
 
 def device_memory() -> list[DeviceMemory]:
     """The memory of each GPU in use by this process; none where there is no GPU."""
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return []
     found = []
     for i in range(torch.cuda.device_count()):
@@ -68,7 +68,7 @@ class Fence:
         """Wait for the tick before this one; on a CPU every tick is done when it returns."""
         if device.type != "cuda":
             return
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         if self._last is not None:
             self._last.synchronize()

@@ -164,9 +164,25 @@ class MacCounter:
 
     def _count(self, forward: Any) -> int:
         hidden: AbstractContextManager[Any] = nullcontext() if self._attention_matmuls else _WithoutAttention()
-        with FlopCounterMode(display=False) as counter, torch.inference_mode(), hidden:
+        with _Flops(display=False) as counter, torch.inference_mode(), hidden:
             forward()
         return int(counter.get_total_flops()) // 2
+
+
+class _Flops(FlopCounterMode):
+    """Counts this thread's operators only: without the tracker of modules, whose hooks see every thread's forwards."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.mod_tracker = _NoTracker()  # type: ignore[assignment]
+
+
+class _NoTracker:
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
 
 class _WithoutAttention(TorchFunctionMode):

@@ -18,6 +18,10 @@ from models.schedulers import REGISTRY
 from models.spec import Layout, ModelSpec
 
 
+MOST_COUNTERS = 64
+"""Sizes of one model whose counts are kept."""
+
+
 @dataclass(frozen=True)
 class Usage:
     """What a request cost: `steps` evaluations a trajectory, `rows` in all, MACs with and without its accelerators."""
@@ -44,6 +48,8 @@ def counter_for(backbone: Backbone, width: int, height: int, text_tokens: int | 
     scale, text_tokens = backbone.spec.latent_scale, text_tokens or backbone.conditioner.text_tokens
     size = (height // scale, width // scale)
     if (*size, text_tokens) not in backbone.counters:
+        while len(backbone.counters) >= MOST_COUNTERS:  # sizes are a client's choice
+            backbone.counters.pop(next(iter(backbone.counters)))
         counter = MacCounter(_config(backbone), size, text_tokens, depth=_loaded_depth(backbone))
         backbone.counters[*size, text_tokens] = counter
     return backbone.counters[*size, text_tokens]

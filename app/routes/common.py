@@ -15,7 +15,6 @@ from starlette.types import Receive, Scope, Send
 from app.errors import ClientGone, ServiceError
 from app.problems import body as error_body
 from app.problems import translate
-from app.record import Record
 from app.schemas.requests import GenerationRequest
 from app.service import Generation, Service
 
@@ -30,23 +29,15 @@ def service_of(request: Request) -> Service:
     return service
 
 
-def record_of(request: Request, endpoint: str) -> Record:
-    """The request's record, named after its route."""
-    record: Record = request.state.record
-    record.endpoint = endpoint
-    return record
-
-
 async def respond(
     request: Request,
-    endpoint: str,
     asked: GenerationRequest,
     finish: Callable[[Generation], Coroutine[Any, Any, Response]],
     spell: Spell,
     picture: bytes | None = None,
 ) -> Response:
     """Open a generation and answer with its stream, or with what `finish` makes of it."""
-    generation = await service_of(request).open(asked, record_of(request, endpoint), picture)
+    generation = await service_of(request).open(asked, request.state.record, picture)
     if asked.stream:
         return Stream(generation, spell)
     error: BaseException | None = ClientGone("the handler was cancelled")

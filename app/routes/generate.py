@@ -13,7 +13,7 @@ from app.errors import Impossible
 from app.job import Preview, Progress, Queued
 from app.pictures import MEDIA_TYPES
 from app.problems import RESPONSES
-from app.routes.common import record_of, respond
+from app.routes.common import respond
 from app.schemas.requests import GenerationRequest, OutputFormat
 from app.schemas.responses import GenerationBody
 from app.service import Generation
@@ -27,7 +27,7 @@ GENERATED: dict[int | str, dict[str, Any]] = {
     200: {
         "model": GenerationBody,
         "description": "The images; as bytes with `Accept: image/*`, as events with `stream`.",
-        "content": {**{media: IMAGE for media in MEDIA_TYPES.values()}, "text/event-stream": EVENTS},
+        "content": {**dict.fromkeys(MEDIA_TYPES.values(), IMAGE), "text/event-stream": EVENTS},
     },
     **RESPONSES,
 }
@@ -40,16 +40,15 @@ async def generate(
     accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
 ) -> Response:
     """Generate images; each request chooses its own acceleration."""
-    record_of(request, "/generate")
     wanted = image_format(accept, asked.output_format)
     if wanted is None or asked.stream:
-        return await respond(request, "/generate", asked, as_json, spell)
+        return await respond(request, asked, as_json, spell)
     if asked.num_images > 1:
         raise Impossible("num_images: only one image can be sent as bytes; accept application/json", param="num_images")
     if "output_format" in asked.model_fields_set and wanted != asked.output_format:
         raise Impossible(f"output_format: {asked.output_format} is not what Accept asks for", param="output_format")
     asked = asked.model_copy(update={"output_format": wanted})
-    return await respond(request, "/generate", asked, as_image, spell)
+    return await respond(request, asked, as_image, spell)
 
 
 def image_format(accept: str, default: OutputFormat) -> OutputFormat | None:

@@ -27,7 +27,7 @@ from models.accelerators import REGISTRY
 from models.spec import ModelSpec
 
 WEB = Path(__file__).parent.parent / "web"
-UNREADY = {503: RESPONSES[503]}
+UNREADY: dict[int | str, dict[str, Any]] = {503: RESPONSES[503]}
 
 router = APIRouter()
 

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from app.errors import Impossible, Malformed
 from app.job import Preview
 from app.problems import RESPONSES
-from app.routes.common import record_of, respond, service_of
+from app.routes.common import respond, service_of
 from app.routes.generate import EVENTS
 from app.schemas.requests import ImagesRequest
 from app.schemas.responses import ImagesBody
@@ -46,7 +46,7 @@ BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 async def generations(request: Request, asked: Annotated[ImagesRequest, Body()]) -> Response:
     """Generate images as OpenAI's API does; every field of /generate may stand beside OpenAI's own."""
     plain = asked.plain()
-    return await respond(request, "/v1/images/generations", plain, as_json, partial(spell, "image_generation"))
+    return await respond(request, plain, as_json, partial(spell, "image_generation"))
 
 
 FORM = ImagesRequest.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -75,13 +75,12 @@ EDIT_BODY = {
 )
 async def edits(request: Request) -> Response:
     """Image-to-image from a form: `image` is the file; structured fields are JSON or `acceleration[mode]=...`."""
-    record_of(request, "/v1/images/edits")
     fields, picture = await read_form(request)
     try:
         asked = ImagesRequest.model_validate(fields).plain()
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
-    return await respond(request, "/v1/images/edits", asked, as_json, partial(spell, "image_edit"), picture)
+    return await respond(request, asked, as_json, partial(spell, "image_edit"), picture)
 
 
 async def read_form(request: Request) -> tuple[dict[str, Any], bytes]:

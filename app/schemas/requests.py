@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
 
 from pydantic import (
     AfterValidator,
@@ -23,8 +23,11 @@ from models.schedulers import REGISTRY as SCHEDULERS
 OutputFormat = Literal["png", "jpeg", "webp"]
 MAX_ACCELERATORS = len(REGISTRY)
 
-AnyAccelerator = Annotated[Union[tuple(REGISTRY.values())], Field(discriminator="mode")]  # type: ignore[valid-type]  # noqa: UP007
-"""Any accelerator, told apart by `mode`. Made from the registry: a new one is known here without a change."""
+if TYPE_CHECKING:
+    AnyAccelerator = Accelerator
+else:
+    # Any accelerator, told apart by `mode`. Made from the registry: a new one is known here without a change.
+    AnyAccelerator = Annotated[Union[tuple(REGISTRY.values())], Field(discriminator="mode")]  # noqa: UP007
 
 _STRICT: TypeAdapter[Accelerator] = TypeAdapter(AnyAccelerator)
 
@@ -54,14 +57,14 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 2**16)]
 
-EXAMPLE = {
+EXAMPLE: dict[str, Any] = {
     "prompt": "a large red circle above a small blue square on a white background",
     "num_inference_steps": 25,
     "guidance_scale": 4.0,
     "seed": 7,
     "acceleration": {"mode": "deepcache", "interval": 3},
 }
-COMPOSED = {
+COMPOSED: dict[str, Any] = {
     "prompt": "a green ring on a black background",
     "model": "shapes-sd",
     "scheduler": "dpmpp_2m",
