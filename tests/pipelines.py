@@ -176,7 +176,15 @@ def _pixart(sigma: bool, **options: Any) -> PixArtAlphaPipeline | PixArtSigmaPip
 
 _MAKERS: dict[str, Any] = {
     "sd": _sd,
-    "sd2": lambda: _sd("v_prediction", use_linear_projection=True, attention_head_dim=(2, 4, 4)),
+    "sd2": lambda: _sd(
+        "v_prediction",
+        use_linear_projection=True,
+        attention_head_dim=(2, 4),
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ),
     "sdxl": _sdxl,
     "dit": _dit,
     "pixart-alpha": lambda: _pixart(sigma=False),

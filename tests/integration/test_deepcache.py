@@ -26,7 +26,7 @@ TEXT: dict[str, Any] = {
     "num_inference_steps": 5,
     "guidance_scale": 3.0,
 }
-BRANCHES = [("sd", b) for b in range(9)] + [("sd2", 4), *(("sdxl", b) for b in range(6))]
+BRANCHES = [*(("sd", branch) for branch in range(9)), ("sdxl", 0), ("sdxl", 3), ("sdxl", 5)]
 
 Backbones = Callable[..., Backbone]
 Pipelines = Callable[..., Any]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models import Backbone, Request, Result, generate, load
 from models.accelerators import CfgStudent
-from models.adapters import WEIGHT_NAME
+from models.adapters import WEIGHT_NAME, load_lora
 from models.errors import ModelLoadError
 from tests.integration.test_mixed import Failing, distance
 from tests.pipelines import save_adapter
@@ -155,13 +155,13 @@ def test_refused_files(
     metadata: dict[str, str],
     complaint: str,
     pipeline_of: Pipelines,
-    pipeline_dir: Directories,
     tmp_path: Path,
 ) -> None:
-    adapter = save_adapter(pipeline_of("sd").unet, tmp_path / "a")
+    unet = pipeline_of("sd").unet
+    adapter = save_adapter(unet, tmp_path / "a")
     save_file(change(load_file(adapter / WEIGHT_NAME)), adapter / WEIGHT_NAME, metadata)
     with pytest.raises(ModelLoadError, match=complaint):
-        load(str(pipeline_dir("sd")), device="cpu", adapters={"a": adapter})
+        load_lora(adapter, unet, "the hash of this model")
 
 
 def test_pickles_and_absent_files_are_refused(pipeline_dir: Directories, tmp_path: Path) -> None:
