@@ -43,8 +43,21 @@ def explain(error: ValidationError) -> list[str]:
         name = str(detail["loc"][0]) if detail["loc"] else ""
         message = detail["msg"].removeprefix("Value error, ")
         flag = f"--{name.replace('_', '-')} (SLIPSTREAM_{name.upper()}): " if name else ""
-        lines.append(f"slipstream: {flag}{message}")
+        lines.append(f"slipstream: {flag}{message}{_range(Settings.model_fields.get(name))}")
     return list(dict.fromkeys(lines))
+
+
+def _range(info: FieldInfo | None) -> str:
+    """What a number may be."""
+    if info is None:
+        return ""
+    nested = [m for a in (info.annotation, *get_args(info.annotation)) for m in getattr(a, "__metadata__", ())]
+    bounds: dict[str, Any] = {}
+    for rule in info.metadata + [inner for m in nested for inner in getattr(m, "metadata", [m])]:
+        bounds |= {name: getattr(rule, name) for name in ("ge", "gt", "le", "lt") if hasattr(rule, name)}
+    least = f"{bounds['ge']}" if "ge" in bounds else f"above {bounds['gt']}" if "gt" in bounds else ""
+    most = f" to {bounds['le']}" if "le" in bounds else " or more" if "ge" in bounds else ""
+    return f" (allowed: {least}{most})" if least or most else ""
 
 
 def flag(name: str, info: FieldInfo) -> inspect.Parameter:

@@ -265,7 +265,9 @@ class Service:
 
     def _resolve(self, backbone: Backbone, asked: GenerationRequest, data: bytes | None) -> tuple[Run, str | None]:
         """On a clerk's thread: the uploaded picture, then every check of the library."""
-        limit, spec = self.settings.max_pixels, backbone.spec
+        spec, limit = backbone.spec, self.settings.max_pixels
+        if limit == "auto":
+            limit = 4 * spec.native_width * spec.native_height
         width, height = asked.width or spec.native_width, asked.height or spec.native_height
         if width * height > limit:
             field = "width" if asked.width is not None else "height"

@@ -48,7 +48,9 @@ class Settings(BaseSettings):
     )
     decode_chunk: int = Field(4, ge=1, le=64, description="Images decoded between two ticks.")
     max_body_bytes: int = Field(24 * 2**20, ge=1024, description="Size of a request's body.")
-    max_pixels: int = Field(2**21, ge=64, description="Width times height of an image.")
+    max_pixels: Annotated[int, Field(ge=64)] | Literal["auto"] = Field(
+        "auto", description="Width times height of an image; auto is four times the model's native size."
+    )
     max_steps: int = Field(250, ge=1, le=1000, description="Inference steps of a request.")
     max_images: int = Field(10, ge=1, le=1000, description="Images of a request.")
     max_prompt_length: int = Field(4000, ge=1, description="Characters of a prompt.")

@@ -1,0 +1,132 @@
+"""The batcher as tables: who is in which tick."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import pytest
+
+from app.batcher import Batcher
+from app.pace import Pace, knee, retry_after
+
+
+@dataclass(eq=False)
+class Image:
+    name: str
+    group: Hashable = "g"
+    num_rows: int = 2
+    started: bool = True
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def make(*images: Image, cap: int = 4) -> Batcher[Image, Hashable]:
+    batcher: Batcher[Image, Hashable] = Batcher(lambda _: cap)
+    for image in images:
+        batcher.add(image)
+    return batcher
+
+
+def names(tick: list[Image]) -> str:
+    return "".join(image.name for image in tick)
+
+
+def test_nothing_to_do() -> None:
+    assert make().next() == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "cap", "expected"),
+    [
+        ([2, 2, 2], 4, "ab"),
+        ([2, 2, 2], 5, "ab"),
+        ([2, 1, 1, 1], 4, "abc"),
+        ([1, 2, 1], 2, "ac"),  # b does not fit, the smaller c behind it does
+        ([2, 2], 1, "a"),  # one that is wider than the cap goes alone
+        ([1, 1, 1], 2, "ab"),
+        ([2], 64, "a"),
+    ],
+)
+def test_oldest_first_while_rows_fit(rows: list[int], cap: int, expected: str) -> None:
+    images = [Image("abcd"[i], num_rows=n) for i, n in enumerate(rows)]
+    assert names(make(*images, cap=cap).next()) == expected
+
+
+def test_the_oldest_keep_their_place_until_they_leave() -> None:
+    a, b, c = Image("a"), Image("b"), Image("c")
+    batcher = make(a, b, c)
+    assert names(batcher.next()) == names(batcher.next()) == "ab"
+    batcher.discard(a)
+    assert names(batcher.next()) == "bc"
+
+
+def test_an_image_passed_over_is_first_at_last() -> None:
+    images = [Image("a", num_rows=1), Image("B", num_rows=2), Image("c", num_rows=1), Image("d", num_rows=1)]
+    batcher = make(*images, cap=2)
+    assert names(batcher.next()) == "ac"
+    batcher.discard(images[0])
+    assert names(batcher.next()) == "B"
+
+
+def test_groups_take_turns() -> None:
+    batcher = make(*[Image(f"{g}{i}", group=g) for g in "xyz" for i in range(3)])
+    assert [names(batcher.next()) for _ in range(6)] == ["x0x1", "y0y1", "z0z1"] * 2
+
+
+def test_a_new_group_waits_one_turn_at_most() -> None:
+    batcher = make(*[Image(f"x{i}", group="x") for i in range(9)], Image("y0", group="y"))
+    assert [names(batcher.next()) for _ in range(3)] == ["x0x1", "y0", "x0x1"]
+
+
+@pytest.mark.parametrize(
+    ("started", "expected"),
+    [
+        ((True, True, False), "ab"),
+        ((True, False, False), "a"),
+        ((False, True, False), "b"),
+        ((False, False, False), "a"),  # nobody has started: one goes, so that work goes on
+    ],
+)
+def test_without_room_for_features_only_the_started_go_on(started: tuple[bool, ...], expected: str) -> None:
+    images = [Image("abc"[i], started=on, num_rows=1) for i, on in enumerate(started)]
+    assert names(make(*images).next(may_start=False)) == expected
+
+
+def test_discard_is_forgiving_and_complete() -> None:
+    a = Image("a")
+    batcher = make(a)
+    batcher.discard(a)
+    batcher.discard(a)
+    assert len(batcher) == 0
+    assert not list(batcher)
+    assert batcher.next() == []
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, 1), (0.2, 1), (1.2, 2), (59.0, 59), (1e9, 3600)])
+def test_retry_after_is_whole_seconds_in_bounds(seconds: float, expected: int) -> None:
+    assert retry_after(seconds) == expected
+
+
+def test_the_pace_is_learned_by_model() -> None:
+    pace = Pace()
+    for _ in range(100):
+        pace.observe("fast", 10, 0.1)
+        pace.observe("slow", 2, 2.0)
+    assert pace.predict([("fast", 100), ("slow", 5)]) == pytest.approx(1.0 + 5.0)
+    assert pace.predict([]) == 0.0
+    assert pace.predict([("unknown", 10)]) > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ({2: 1.0, 4: 1.1, 8: 1.3, 16: 2.6}, 8),  # at 16 a row costs what it did at 8
+        ({2: 1.0, 4: 2.0}, 2),
+        ({2: 1.0, 4: 1.0, 8: 1.0, 16: 1.0}, 16),  # the most that is allowed
+        ({2: 50.0}, 2),  # too slow to measure more
+    ],
+)
+def test_the_knee(seconds: dict[int, float], expected: int) -> None:
+    assert knee(seconds.__getitem__, most=16, budget=20.0) == expected
