@@ -59,7 +59,8 @@ class Source(nn.Module):
         runs = [
             resolve(backbone.spec, backbone.scheduler_config, Request(prompt=p, guidance_scale=2.0)) for p in prompts
         ]
-        both = [backbone.conditioner.of(run) for run in runs]
+        with torch.autocast(backbone.device.type, enabled=False):  # kept for later batches, so always encoded alike
+            both = [backbone.conditioner.of(run) for run in runs]
         conditional, unconditional = (join([one[role] for one in both]) for role in ("conditional", "unconditional"))
         return Batch(x, torch.tensor(times, device=x.device), conditional, unconditional)
 
