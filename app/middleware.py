@@ -38,6 +38,13 @@ SAFE_HEADERS = {
 }
 
 
+def route_path(scope: Scope) -> str:
+    """The path that routes are matched by: a proxy may serve the app under a prefix, which ASGI calls root_path."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path.removeprefix(root) if path == root or path.startswith(f"{root}/") else path
+
+
 class Observe:
     """Outermost: takes or makes the request id, answers what nobody caught, counts and logs every request once."""
 
@@ -54,8 +61,8 @@ class Observe:
         began = time.monotonic()
         given = Headers(scope=scope).get("x-request-id", "")
         record = Record(given if ID.fullmatch(given) else uuid.uuid4().hex)
-        if scope["method"] == "POST" and scope["path"] in ENDPOINTS:
-            record.endpoint = scope["path"]
+        if scope["method"] == "POST" and (path := route_path(scope)) in ENDPOINTS:
+            record.endpoint = path
         scope.setdefault("state", {})["record"] = record
         started = False
 
@@ -112,7 +119,7 @@ class Authorize:
         await _refuse(Unauthorized("give a valid key as 'Authorization: Bearer KEY'"), scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
-        path = scope["path"]
+        path = route_path(scope)
         if any(
             path == known or (known.endswith("/") and known != "/" and path.startswith(known)) for known in self._open
         ):

@@ -70,7 +70,7 @@ def get(url: str, **query: str) -> str:
 
 def post(base: str, **body: Any) -> httpx.Response:
     """One generation, whatever its status; a stream is read to its end."""
-    return httpx.post(f"{base}/generate", json=body, timeout=60)
+    return httpx.post(f"{base}/generate", json=body, timeout=200)
 
 
 def until(probe: Callable[[], T], seconds: float, what: str) -> T:
