@@ -42,10 +42,14 @@ def launch(playwright: Playwright) -> Browser:
 
 
 def start_server(models: Sequence[str], port: int, **environment: str) -> subprocess.Popen[bytes]:
-    """`slipstream serve` as a process of its own; room for several trajectories in a tick, without measuring first."""
+    """`slipstream serve` as a process of its own, told what it would else measure: room for many rows, one thread.
+
+    Small networks gain nothing from threads, which wait for each other where the machine has other things to do.
+    """
+    told = {"SLIPSTREAM_MAX_ROWS": "16", "SLIPSTREAM_TORCH_THREADS": "1"}
     named = [argument for model in models for argument in ("--model", model)]
     command = [sys.executable, "-m", "app.cli", "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    return subprocess.Popen(command + named, env=os.environ | {"SLIPSTREAM_MAX_ROWS": "16", "SLIPSTREAM_TORCH_THREADS": "1"} | environment)
+    return subprocess.Popen(command + named, env=os.environ | told | environment)
 
 
 @contextmanager
