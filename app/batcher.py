@@ -60,29 +60,25 @@ class Batcher(Generic[T, H]):
         if not items:
             del self._groups[item.group]
 
-    def next(self, may_start: bool = True) -> list[T]:
-        """The next tick: items of one group, which then goes to the end of the turn. Empty where nothing is to be done.
+    def next(self, admit: Callable[[T], bool] = lambda _: True) -> list[T]:
+        """The next tick: items of one group, which then goes to the end of the turn. Empty where nothing may be done.
 
-        Without `may_start` only items that have started are taken, except where none has: then the oldest item alone,
-        so that work always goes on.
+        `admit` says of an item that has not started whether it may; it is asked oldest first, about items whose rows fit.
         """
         for group in list(self._groups):
-            tick = self._take(group, may_start)
+            tick = self._take(group, admit)
             if tick:
                 self._groups.move_to_end(group)
                 return tick
-        for group in list(self._groups):
-            self._groups.move_to_end(group)
-            return [next(iter(self._groups[group]))]
         return []
 
-    def _take(self, group: H, may_start: bool) -> list[T]:
+    def _take(self, group: H, admit: Callable[[T], bool]) -> list[T]:
         tick: list[T] = []
         room = self._max_rows(group)
         for item in self._groups[group]:
             if room <= 0:
                 break
-            if (item.started or may_start) and (item.num_rows <= room or not tick):
+            if (item.num_rows <= room or not tick) and (item.started or admit(item)):
                 tick.append(item)
                 room -= item.num_rows
         return tick

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -92,6 +92,7 @@ class Lane:
     trajectory: Trajectory | None = None
     image: Image.Image | None = None
     feature_bytes: int = 0
+    reserved: int = 0
 
     @property
     def started(self) -> bool:
@@ -136,6 +137,11 @@ class Job:
     def group(self) -> Group:
         """Equal for jobs that can share a forward: the same model at the same size."""
         return self.lanes[0].group
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for jobs whose images remember as much between steps."""
+        return self.group, self.run.accelerators, self.run.guided
 
     @property
     def steps_done(self) -> int:

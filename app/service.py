@@ -219,8 +219,8 @@ class Service:
     async def open(self, asked: GenerationRequest, record: Record, picture: bytes | None = None) -> Generation:
         """Check a request, resolve it and hand it to the engine. Raises what the client is to be told."""
         began, loop = self.engine.clock(), asyncio.get_running_loop()
-        self.engine.check()
         try:
+            self.engine.check()
             name = asked.model if asked.model is not None else next(iter(self.engine.backbones))
             backbone = self.backbone(name)
             record.model = name

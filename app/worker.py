@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from app.batcher import Batcher
+from app.budget import Budget, Door
 from app.errors import ForwardFailed, Impossible, Internal, NonFinite, OutOfMemory, ServiceError
 from app.job import Event, Failed, Finished, Group, Job, Lane, Preview, Progress
 from app.logs import SERVER
@@ -64,6 +65,7 @@ class Worker:
         self._decodes: deque[Decode] = deque()
         self._chunk = settings.decode_chunk
         self._feature_bytes: defaultdict[str, int] = defaultdict(int)
+        self._budget = Budget(settings.max_feature_bytes)
         self._fence = Fence()
 
     @property
@@ -81,16 +83,24 @@ class Worker:
         for lane in job.lanes:
             self._batcher.discard(lane)
             self._remember(lane, 0)
+            self._reserve(lane, 0)
             lane.trajectory = None
         self._decodes = deque(d for d in self._decodes if d.lane.job is not job)
 
     def work(self) -> None:
         """One tick and one chunk of decoding, so that neither keeps the other waiting."""
-        lanes = self._batcher.next(may_start=sum(self._feature_bytes.values()) < self._settings.max_feature_bytes)
+        door, admitted = self._budget.door(), set[Job]()
+        lanes = self._batcher.next(lambda lane: self._admit(lane.job, door, admitted))
         if lanes:
             self._tick(lanes)
         if self._decodes:
             self._decode()
+
+    def _admit(self, job: Job, door: Door, admitted: set[Job]) -> bool:
+        """Whether a job may start: all its images do together, with what they will remember."""
+        if job not in admitted and door.admit(self._budget.need(job.kind) * len(job.lanes)):
+            admitted.add(job)
+        return job in admitted
 
     def _cap(self, group: Group) -> int:
         return self._lowered.get(group, self._max_rows[group[0]])
@@ -128,6 +138,7 @@ class Worker:
         for lane, trajectory in zip(job.lanes, start(backbone, job.run), strict=True):
             trajectory.watched = bool(job.preview_steps)
             lane.trajectory = trajectory
+            self._reserve(lane, self._budget.need(job.kind))
 
     # Denoising
 
@@ -203,6 +214,7 @@ class Worker:
                 continue
             self._remember(lane, trajectory.memory_bytes())
             if trajectory.done:
+                self._reserve(lane, 0)
                 self._batcher.discard(lane)
                 if not trajectory.finite():
                     self._fail(
@@ -221,6 +233,13 @@ class Worker:
             self._feature_bytes[lane.job.model] += size - lane.feature_bytes
             lane.feature_bytes = size
             self._metrics.feature_bytes.labels(lane.job.model).set(self._feature_bytes[lane.job.model])
+            self._budget.observe(lane.job.kind, size)
+            if size > lane.reserved:
+                self._reserve(lane, size)
+
+    def _reserve(self, lane: Lane, size: int) -> None:
+        self._budget.reserved += size - lane.reserved
+        lane.reserved = size
 
     # Decoding
 

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import openai
@@ -224,7 +224,7 @@ async def test_keys(student_of: Student) -> None:
     async with serving({"sd": student_of("sd")}, api_keys=("good", "better"), metrics_require_key=True) as served:
 
         async def status(path: str, key: str | bytes | None) -> int:
-            headers = {} if key is None else {"Authorization": key}
+            headers: Any = {} if key is None else {"Authorization": key}
             return (await served.client.get(path, headers=headers)).status_code
 
         for key in (None, "Bearer bad", "Bearer ", "Basic good", "good", "Bearer good2", b"Bearer \xc3\xbc\xff"):
@@ -245,7 +245,7 @@ async def test_keys(student_of: Student) -> None:
 
 def client_of(served: Served, **options: Any) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(
-        base_url="http://test/v1", api_key="key", http_client=served.client, max_retries=0, **options
+        base_url="http://test/v1", api_key="key", http_client=cast(Any, served.client), max_retries=0, **options
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from app.batcher import Batcher
+from app.budget import KINDS, Budget
 from app.pace import Pace, knee, retry_after
 
 
@@ -81,17 +82,54 @@ def test_a_new_group_waits_one_turn_at_most() -> None:
 
 
 @pytest.mark.parametrize(
-    ("started", "expected"),
+    ("started", "admitted", "expected"),
     [
-        ((True, True, False), "ab"),
-        ((True, False, False), "a"),
-        ((False, True, False), "b"),
-        ((False, False, False), "a"),  # nobody has started: one goes, so that work goes on
+        ("ab", "", "ab"),
+        ("a", "c", "ac"),
+        ("b", "", "b"),
+        ("", "", ""),
+        ("", "abc", "abc"),
     ],
 )
-def test_without_room_for_features_only_the_started_go_on(started: tuple[bool, ...], expected: str) -> None:
-    images = [Image("abc"[i], started=on, num_rows=1) for i, on in enumerate(started)]
-    assert names(make(*images).next(may_start=False)) == expected
+def test_only_the_admitted_start(started: str, admitted: str, expected: str) -> None:
+    images = [Image(name, started=name in started, num_rows=1) for name in "abc"]
+    assert names(make(*images).next(lambda image: image.name in admitted)) == expected
+
+
+def test_nobody_is_asked_to_start_whose_rows_do_not_fit() -> None:
+    asked: list[str] = []
+    batcher = make(Image("a"), Image("b", started=False, num_rows=4), Image("c", started=False), cap=4)
+    assert names(batcher.next(lambda image: bool(asked.append(image.name)) or True)) == "ac"
+    assert asked == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "reserved", "needs", "expected"),
+    [
+        (100, 0, [40, 40, 40], "110"),
+        (100, 90, [40, 5, 0], "001"),  # the first that does not fit closes the door for all who need something
+        (100, 0, [400, 1], "10"),  # more than there is: goes alone, when nobody holds anything
+        (100, 1, [400, 1], "00"),
+        (0, 0, [1, 1], "10"),
+        (0, 5, [0, 0], "11"),
+    ],
+)
+def test_the_budget_for_features(limit: int, reserved: int, needs: list[int], expected: str) -> None:
+    budget = Budget(limit)
+    budget.reserved = reserved
+    door = budget.door()
+    assert "".join(str(int(door.admit(need))) for need in needs) == expected
+
+
+def test_the_budget_learns_what_a_kind_needs_and_forgets_in_bounds() -> None:
+    budget = Budget(100)
+    for size in (3, 9, 0, 5):
+        budget.observe("kind", size)
+    assert budget.need("kind") == 9
+    assert budget.need("another") == 0
+    for i in range(2 * KINDS):
+        budget.observe(i, 1)
+    assert budget.need("kind") == 0
 
 
 def test_discard_is_forgiving_and_complete() -> None:

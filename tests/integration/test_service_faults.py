@@ -1,0 +1,198 @@
+"""Things that go wrong, made to happen through the real app: each hurts whom it must, and nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from app import worker
+from app.logs import configure
+from app.main import create_app
+from app.settings import Settings
+from models import Backbone
+from models.generate import decode
+from models.rows import Row
+from models.trajectory import Trajectory
+from tests.serving import aio, hooked, pixels, serving, slowed
+
+Model = Callable[..., Backbone]
+
+
+class Trouble:
+    """Raises once it is armed."""
+
+    def __init__(self, error: type[Exception] = RuntimeError, message: str = "broken") -> None:
+        self.armed = 0
+        self.most_rows = 10_000
+        self._error, self._message = error, message
+
+    def __call__(self, rows: Sequence[Row]) -> None:
+        if self.armed > 0 and len(rows) > (0 if self.most_rows == 10_000 else self.most_rows):
+            self.armed -= 1
+            raise self._error(self._message)
+
+
+@aio
+async def test_a_raising_forward_answers_its_tick_and_goes_on(student_of: Model) -> None:
+    trouble = Trouble()
+    async with serving({"sd": slowed(hooked(student_of("sd"), trouble), 0.01)}) as served:
+        good = (await served.post()).json()
+        running = [asyncio.ensure_future(served.post(num_inference_steps=50, seed=i)) for i in range(2)]
+        streamed = asyncio.ensure_future(served.post(num_inference_steps=50, stream=True))
+        await served.until(lambda: served.value("requests_running") == 3)
+        trouble.armed = 1
+        for request in running:
+            answer = await request
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "forward_failed"
+            assert "broken" not in answer.text
+        assert "forward_failed" in (await streamed).text
+        assert (pixels((await served.post()).json()) == pixels(good)).all()
+        assert served.engine.ready
+        assert served.engine.jobs == 0
+        assert served.value("feature_memory_bytes", model="sd") == 0
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_out_of_memory_halves_the_tick_before_it_fails_anyone(student_of: Model, error: type[Exception]) -> None:
+    @aio
+    async def test() -> None:
+        trouble = Trouble(error, "no memory")
+        trouble.most_rows = 4
+        async with serving({"sd": slowed(hooked(student_of("sd"), trouble), 0.01)}) as served:
+            bodies: list[dict[str, Any]] = [
+                {"seed": i, "num_inference_steps": 12, "acceleration": {"mode": "deepcache"}} for i in range(4)
+            ]
+            alone = [(await served.post(**body)).json() for body in bodies]
+            trouble.armed = 1_000
+            answers = await asyncio.gather(*(served.post(**body) for body in bodies))
+            assert [answer.status_code for answer in answers] == [200] * 4
+            for answer, expected in zip(answers, alone, strict=True):
+                assert abs(pixels(answer.json()) - pixels(expected)).max() <= 2
+            assert 1 <= served.value("out_of_memory_total") <= 3, "the group's cap is lowered"
+            trouble.most_rows = 0
+            answer = await served.post()
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "out_of_memory"
+            trouble.armed = 0
+            assert (await served.post()).status_code == 200
+
+    test()
+
+
+@aio
+async def test_non_finite_latents_fail_alone(student_of: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Trajectory.advance
+
+    def advance(self: Trajectory, conditional: torch.Tensor, unconditional: torch.Tensor | None) -> None:
+        original(self, conditional, unconditional)
+        if self.guidance_scale == 6.5:
+            self.latents = self.latents * float("nan")
+
+    monkeypatch.setattr(Trajectory, "advance", advance)
+    async with serving({"sd": student_of("sd")}) as served:
+        bad, *good = await asyncio.gather(
+            served.post(guidance_scale=6.5, num_images=2), *(served.post(seed=i) for i in range(3))
+        )
+        assert bad.status_code == 500
+        assert bad.json()["error"]["code"] == "non_finite"
+        assert [answer.status_code for answer in good] == [200] * 3
+        assert served.engine.jobs == 0
+
+
+@aio
+async def test_a_dead_engine_turns_readiness_red_and_answers_everyone(
+    student_of: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving({"sd": slowed(student_of("sd"), 0.02)}) as served:
+        running = [asyncio.ensure_future(served.post(num_inference_steps=100, stream=s)) for s in (False, True)]
+        await served.until(lambda: served.value("requests_running") == 2)
+
+        def die(self: object, lanes: object) -> None:
+            raise LookupError("a bug")
+
+        monkeypatch.setattr(worker.Worker, "_after", die)
+        answers = await asyncio.gather(*running)
+        assert answers[0].status_code == 503
+        assert '"engine_dead"' in answers[1].text
+        ready = await served.client.get("/health/ready")
+        assert ready.status_code == 503
+        assert ready.json()["error"]["code"] == "engine_dead"
+        assert (await served.client.get("/health/live")).status_code == 200
+        assert (await served.post()).status_code == 503
+        assert served.value("ready") == 0
+        assert isinstance(served.engine.failure, LookupError)
+
+
+@aio
+async def test_a_failing_decode_fails_its_images_only(student_of: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = decode
+
+    def broken(backbone: Backbone, latents: Sequence[torch.Tensor]) -> Any:
+        if latents[0].shape[-1] == 8:
+            raise RuntimeError("broken")
+        return original(backbone, latents)
+
+    async with serving({"sd": student_of("sd")}) as served:
+        monkeypatch.setattr(worker, "decode", broken)
+        bad, good = await asyncio.gather(served.post(width=16, height=16), served.post())
+        assert (bad.status_code, good.status_code) == (500, 200)
+        assert bad.json()["error"]["code"] == "forward_failed"
+
+
+@aio
+async def test_requests_are_answered_with_the_disk_full(student_of: Model) -> None:
+    loggers = [logging.getLogger(name) for name in ("slipstream", "uvicorn", "py.warnings")]
+    before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    handler = configure(Settings(log_file=Path("/dev/full"), log_format="json"))
+    try:
+        async with serving({"sd": student_of("sd")}) as served:
+            assert (await served.post()).status_code == 200
+            assert (await served.post(model="nope")).status_code == 404
+        assert handler.lost >= 2
+    finally:
+        logging.captureWarnings(False)
+        for logger, handlers, propagate, level in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
+        with pytest.raises(OSError, match="No space"):
+            handler.stream.close()
+
+
+@aio
+async def test_features_above_their_limit_hold_new_images_back(student_of: Model) -> None:
+    seen: list[int] = []
+    backbone = slowed(hooked(student_of("sd"), lambda rows: seen.append(len(rows))), 0.01)
+    async with serving({"sd": backbone}, max_feature_bytes=1) as served:
+        body: dict[str, Any] = {"num_inference_steps": 9, "acceleration": {"mode": "deepcache"}}
+        assert (await served.post(**body)).status_code == 200  # from now on it is known what one needs
+        seen.clear()
+        first = asyncio.ensure_future(served.post(**body))
+        await served.until(lambda: served.value("feature_memory_bytes", model="sd") > 0)
+        others = [asyncio.ensure_future(served.post(seed=i, **body)) for i in range(3)]
+        answers = await asyncio.gather(first, *others)
+        assert [answer.status_code for answer in answers] == [200] * 4
+        assert served.value("feature_memory_bytes", model="sd") == 0
+    assert seen == [2] * 36
+
+
+@aio
+async def test_loading_and_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+    app = create_app(Settings(model=(str(tmp_path),)))
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        loading = await client.post("/generate", json={"prompt": ""})
+        assert (loading.status_code, loading.json()["error"]["code"]) == (503, "loading")
+        assert loading.headers["retry-after"]
+        async with app.router.lifespan_context(app):
+            while app.state.engine.state == "loading":
+                await asyncio.sleep(0.01)
+            assert (await client.get("/v1/models")).status_code == 503
+            assert "model_index.json" in str(app.state.engine.failure)
