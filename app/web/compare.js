@@ -2,7 +2,7 @@
 
 import { generate } from "./api.js";
 
-const PREVIEWS = 8; // pictures a lane shows on its way, at most
+const PREVIEWS = 6; // pictures a lane shows on its way, at most
 
 /**
  * Run `lanes`. `bodyOf(lane)` is a lane's request; `onerror(lane, error)` places an error; `onphase(text)` says where

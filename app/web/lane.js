@@ -301,6 +301,8 @@ function decibels(ratio) {
   return ratio === Infinity ? "identical" : `${ratio.toFixed(1)} dB`;
 }
 
+/** Batched with others or alone, a request gives the same image, up to the last bit of a floating-point sum. */
 function sameness(ratio) {
-  return ratio === Infinity ? "same image" : `${decibels(ratio)} from alone`;
+  if (ratio === Infinity) return "same image";
+  return ratio > 55 ? "same but rounding" : `${decibels(ratio)} from alone`;
 }

@@ -335,10 +335,7 @@ function summaryOf(finished) {
   if (finished.length === 0) return "";
   const together = Math.max(...finished.map(({ result }) => result.body.timing.total_seconds));
   if (finished.length === 1) return `One image in ${seconds(together)}`;
-  const alone = finished.map(({ result }) => result.alone?.timing.total_seconds);
-  const sum = alone.every((time) => time !== undefined) ? alone.reduce((a, b) => a + b) : null;
-  const first = `${finished.length} images together in ${seconds(together)}`;
-  return sum === null ? first : `${first}, one after another in ${seconds(sum)}`;
+  return `${finished.length} images together in ${seconds(together)}, previews included`;
 }
 
 function say(text) {
