@@ -20,9 +20,16 @@ from app.service import Generation
 
 router = APIRouter(tags=["generate"])
 IMAGE = {"schema": {"type": "string", "format": "binary"}}
-EVENTS = {
-    "schema": {"type": "string", "description": "Events queued, progress, partial_image, then completed or error."}
-}
+
+
+def events(*names: str) -> dict[str, Any]:
+    """How OpenAPI describes one event of a stream: its name, and data that is JSON."""
+    data = {"type": "string", "contentMediaType": "application/json"}
+    properties = {"event": {"enum": [*names, "error"]}, "data": data}
+    return {"schema": {"type": "object", "properties": properties, "required": ["event", "data"]}}
+
+
+EVENTS = events("queued", "progress", "partial_image", "completed")
 GENERATED: dict[int | str, dict[str, Any]] = {
     200: {
         "model": GenerationBody,

@@ -19,20 +19,21 @@ from app.errors import Impossible, Malformed
 from app.job import Preview
 from app.problems import RESPONSES
 from app.routes.common import respond, service_of
-from app.routes.generate import EVENTS
+from app.routes.generate import events
 from app.schemas.requests import ImagesRequest
 from app.schemas.responses import ImagesBody
 from app.service import Generation
 
 router = APIRouter(prefix="/v1/images", tags=["openai"])
-ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "model": ImagesBody,
-        "description": "The images; as events with `stream`.",
-        "content": {"text/event-stream": EVENTS},
-    },
-    **RESPONSES,
-}
+
+
+def answers(prefix: str) -> dict[int | str, dict[str, Any]]:
+    """What a route may answer, for the OpenAPI description."""
+    content = {"text/event-stream": events(f"{prefix}.partial_image", f"{prefix}.completed")}
+    described = {"model": ImagesBody, "description": "The images; as events with `stream`.", "content": content}
+    return {200: described, **RESPONSES}
+
+
 TEXT_FIELDS = frozenset(
     name
     for name, schema in ImagesRequest.model_json_schema()["properties"].items()
@@ -42,7 +43,9 @@ TEXT_FIELDS = frozenset(
 BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 
 
-@router.post("/generations", response_class=Response, responses=ANSWERS, summary="Generate images (OpenAI)")
+@router.post(
+    "/generations", response_class=Response, responses=answers("image_generation"), summary="Generate images (OpenAI)"
+)
 async def generations(request: Request, asked: Annotated[ImagesRequest, Body()]) -> Response:
     """Generate images as OpenAI's API does; every field of /generate may stand beside OpenAI's own."""
     plain = asked.plain()
@@ -69,7 +72,7 @@ EDIT_BODY = {
 @router.post(
     "/edits",
     response_class=Response,
-    responses=ANSWERS,
+    responses=answers("image_edit"),
     summary="Change an image (OpenAI)",
     openapi_extra={"requestBody": EDIT_BODY},
 )
