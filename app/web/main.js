@@ -54,6 +54,7 @@ async function connect() {
     return;
   }
   notify("");
+  byId("main").classList.remove("unconnected");
   byId("health").dataset.state = "up";
   byId("health").textContent = "ready";
   byId("key-form").hidden = true;

@@ -203,6 +203,7 @@ def test_asks_for_a_key_and_refuses_a_wrong_one(stranger: Visit, url: str, scree
     page = stranger.page
     page.goto(url)
     expect(page.locator("#api-key")).to_be_focused()
+    expect(page.locator("#prompt")).to_be_hidden()
     page.fill("#api-key", "guess")
     page.press("#api-key", "Enter")
     expect(page.locator("#api-key-error")).to_have_text("The server does not accept this key.")
