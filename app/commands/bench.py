@@ -19,7 +19,7 @@ def bench(
     quick: Annotated[bool, typer.Option(help="A smoke run: tiny sizes, figures that mean nothing.")] = False,
 ) -> None:
     """Run one benchmark; what follows its name goes to it (try --help). Results go to runs/bench."""
-    if name is None and "--help" in context.args:
+    if name == "--help":
         typer.echo(context.get_help())
         return
     root = checkout(Path.cwd())

@@ -47,7 +47,7 @@ def measure(model: Model, steps: int, rounds: int) -> tuple[list[dict[str, objec
 
 def main() -> None:
     """Measure every accelerator on every model."""
-    given = options(__doc__, models=[*zoo.SMALL, *zoo.LARGE], steps=20, steps_large=8)
+    given = options(__doc__, models=[*zoo.SMALL, *zoo.LARGE], steps=20, steps_large=6)
     quiet()
     report = Report("accelerators", "Wall speed-up over MAC speed-up, one guided image", given)
     found: dict[str, dict[str, Spread]] = {}
@@ -55,7 +55,7 @@ def main() -> None:
         model = zoo.model(name)
         small = name in zoo.SMALL
         steps = 4 if given.quick else given.steps if small else given.steps_large
-        rounds = given.rounds or (1 if given.quick else 9 if small else 3)
+        rounds = given.rounds or (1 if given.quick else 7 if small else 3)
         note(f"{name}: {steps} steps, {rounds} rounds")
         if not small:
             denoise(model, [request(model, 1)])  # its first touch of the weights

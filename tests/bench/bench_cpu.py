@@ -121,10 +121,10 @@ def measure(names: list[str], chosen: dict[str, Setting], rounds: int) -> Pieces
                 for worker in workers.values():
                     worker.seconds(name, work, count)
                 samples: dict[str, list[float]] = {label: [] for label in workers}
-                for _ in range(rounds if small else max(2, rounds // 3)):
+                for _ in range(rounds if small else max(2, rounds // 2)):
                     for label, worker in workers.items():
                         # The first call after a pause wakes threads and caches; what counts is the best of a few.
-                        samples[label].append(min(worker.seconds(name, work, count) for _ in range(4 if small else 2)))
+                        samples[label].append(min(worker.seconds(name, work, count) for _ in range(3 if small else 2)))
                 ratios = {
                     label: Spread.of([mine / base for mine, base in zip(values, samples[BASE], strict=True)])
                     for label, values in samples.items()
@@ -147,7 +147,7 @@ def main() -> None:
     names = list(zoo.names(given))
     for name in names:
         zoo.place(name)
-    found = measure(names, chosen, given.rounds or (1 if given.quick else 12))
+    found = measure(names, chosen, given.rounds or (1 if given.quick else 6))
     columns = {" ".join(map(str, piece)): spreads for piece, spreads in found.items()}
     rows = [{"setting": label, **{column: spreads[label] for column, spreads in columns.items()}} for label in chosen]
     report.table("Smaller is faster", rows)

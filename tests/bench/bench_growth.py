@@ -37,8 +37,8 @@ def batcher_cost(model: Model, line: str, waiting: int) -> float:
     for i in range(waiting):
         job = unguided if line == LINES[1] and i == 0 else guided
         batcher.add(Lane(job, i, guided.group, running if i < 4 else None))
-    may_start = line != LINES[2]
-    return statistics.median(elapsed(partial(batcher.next, may_start)) for _ in range(51))
+    admit = (lambda _: False) if line == LINES[2] else (lambda _: True)
+    return statistics.median(elapsed(partial(batcher.next, admit)) for _ in range(51))
 
 
 def _job(model: Model, scale: float) -> Job:

@@ -79,7 +79,7 @@ def main() -> None:
     found: dict[str, dict[str, Spread]] = {}
     for name in zoo.names(given):
         model = zoo.model(name)
-        rounds = given.rounds or (2 if given.quick else 51 if name in zoo.SMALL else 15)
+        rounds = given.rounds or (2 if given.quick else 31 if name in zoo.SMALL else 9)
         note(f"{name}: {rounds} rounds")
         theirs = Theirs(model)
         contenders: dict[str, Contender] = {

@@ -79,7 +79,7 @@ def line(model: Model, clients: int, name: str, outcomes: list[Outcome]) -> dict
 
 def main() -> None:
     """The knee of every model, then the traffic on the small ones."""
-    given = options(__doc__, models=[*zoo.SMALL, *zoo.LARGE], clients=[16, 64], each=2, most=64, most_large=16)
+    given = options(__doc__, models=[*zoo.SMALL, *zoo.LARGE], clients=[16, 64], each=2, most=64, most_large=8)
     quiet()
     report = Report("mixed", "Clients with different accelerators, steps and arrivals", given)
     ticks: dict[str, dict[int, float]] = {}

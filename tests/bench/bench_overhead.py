@@ -44,7 +44,7 @@ def main() -> None:
     for name in zoo.names(given):
         model, small = zoo.model(name), name in zoo.SMALL
         for steps in [2] if given.quick else given.steps if small else given.steps_large:
-            rounds = given.rounds or (1 if given.quick else 25 if small else 5)
+            rounds = given.rounds or (1 if given.quick else 15 if small else 3)
             note(f"{name}: {steps} steps, {rounds} rounds")
             timed = measure(model, steps, rounds)
             for way in ("generate", "engine"):

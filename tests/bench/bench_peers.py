@@ -108,7 +108,7 @@ def main() -> None:
     for name in zoo.names(given):
         model, small = zoo.model(name), name in zoo.SMALL
         steps = 4 if given.quick else given.steps if small else given.steps_large
-        rounds = given.rounds or (1 if given.quick else 9 if small else 3)
+        rounds = given.rounds or (1 if given.quick else 7 if small else 3)
         held: dict[str, int] = {}
         if model.family == "unet":
             timed, held = deepcache(model, steps, rounds)
