@@ -9,7 +9,7 @@ import { Lane } from "./lane.js";
 import { LoadView } from "./load.js";
 import { startingValues, usable } from "./schema.js";
 import { snippets } from "./snippets.js";
-import { emptyState, readHash, writeHash } from "./state.js";
+import { emptyState, readHash, writeHash, writeLane } from "./state.js";
 import { startTheme } from "./theme.js";
 
 const MOST_LANES = 5; // a browser opens six connections to a server; one stays free for the metrics
@@ -162,8 +162,10 @@ function modelChosen() {
   if (previous.examples.includes(prompt) && !model.examples.includes(prompt)) state.prompt = model.examples[0] ?? "";
   form.show(catalog.models, model);
   const known = new Set(laneContext.accelerators().map(({ mode }) => mode));
-  const kept = lanes.map((lane) => lane.accelerators).filter((lane) => lane.every(({ mode }) => known.has(mode)));
-  const wanted = kept.length > 1 ? kept : suggestedLanes(model);
+  const wanted = lanes.map((lane) => lane.accelerators).filter((lane) => lane.every(({ mode }) => known.has(mode)));
+  const names = new Set(wanted.map(writeLane));
+  const fresh = suggestedLanes(model).filter((lane) => !names.has(writeLane(lane)));
+  wanted.push(...fresh.slice(0, lanes.length - wanted.length));
   lanes = wanted.map((accelerators) => new Lane(accelerators, laneContext));
   showLanes();
 }
