@@ -20,7 +20,7 @@ from app.loading import load_all, warm_all
 from app.metrics import Metrics
 from app.middleware import Authorize, LimitBody, Observe
 from app.pace import Pace
-from app.routes import generate, info, openai
+from app.routes import docs, generate, info, openai
 from app.service import Service
 from app.settings import Settings
 from models.backbones.base import Backbone
@@ -53,12 +53,15 @@ def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbon
         lifespan=lifespan,
         middleware=_middleware(settings, metrics),
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.settings, app.state.metrics, app.state.engine, app.state.service = settings, metrics, engine, service
     app.state.created = time.time()
     problems.install(app)
-    for module in (generate, openai, info):
+    for module in (generate, openai, info, docs):
         app.include_router(module.router)
+    app.mount("/docs-assets", docs.ASSETS, name="docs-assets")
     app.mount("/web", StaticFiles(directory=info.WEB), name="web")
     return app
 

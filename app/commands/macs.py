@@ -47,8 +47,10 @@ def macs(
     if len(given) != 1:
         raise typer.BadParameter("give exactly one of --model, --unet-config, --transformer-config")
     config = unet_config or transformer_config
-    named = {"adapters": parse_named(adapter, "--adapter"), "plans": parse_named(plan, "--plan")}
-    source: Any = _read(config) if config is not None else load(str(model), device="cpu", **named)
+    adapters, plans = parse_named(adapter, "--adapter"), parse_named(plan, "--plan")
+    source: Any = (
+        _read(config) if config is not None else load(str(model), device="cpu", adapters=adapters, plans=plans)
+    )
     width, height = parse_size(size)
     report = count(
         source,
