@@ -24,7 +24,7 @@ def distill(
     rank: Annotated[int, typer.Option(min=1, max=256, help="Rank of the adapter.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 0.008,
     data: Annotated[
         str,
         typer.Option(
