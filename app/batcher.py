@@ -63,7 +63,7 @@ class Batcher(Generic[T, H]):
     def next(self, admit: Callable[[T], bool] = lambda _: True) -> list[T]:
         """The next tick: items of one group, which then goes to the end of the turn. Empty where nothing may be done.
 
-        `admit` says of an item that has not started whether it may; it is asked oldest first, for those whose rows fit.
+        `admit` says of an item that has not started whether it may; asked oldest first, of those whose rows fit.
         """
         for group in list(self._groups):
             tick = self._take(group, admit)

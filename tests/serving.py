@@ -1,4 +1,4 @@
-"""A server on the small random pipelines, in this process: the real app over ASGI, its engine on a thread of its own."""
+"""A server on the small random pipelines, in this process: the real app over ASGI, its engine on its own thread."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Served:
 
     def value(self, name: str, **labels: str) -> float:
         """A metric's value; 0 where it has never been counted."""
-        return self.app.state.metrics.registry.get_sample_value(f"slipstream_{name}", labels) or 0.0
+        return float(self.app.state.metrics.registry.get_sample_value(f"slipstream_{name}", labels) or 0.0)
 
     def total(self, name: str, **labels: str) -> float:
         """The sum over all series of a metric that have these labels."""
@@ -56,11 +56,16 @@ class Served:
 
     async def until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
         """Wait for something to become true."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            if time.monotonic() > deadline:
-                raise TimeoutError("it did not come true")
-            await asyncio.sleep(0.005)
+        await until(condition, seconds)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for something to become true; TimeoutError where it does not."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("it did not come true")
+        await asyncio.sleep(0.005)
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Mixed load with departures and nonsense for a while: what the suite runs for seconds and the benchmark for half an hour."""
+"""Mixed load with departures and nonsense: what the suite runs for seconds and the benchmark for half an hour."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def soaked(url: str, pid: int, seconds: float) -> tuple[Counter[str], list[float
             return await soak(client, bodies, window, clients=16, seed=seed)
 
     ends: Counter[str] = Counter()
-    memory = []
+    memory: list[float] = []
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         ends += asyncio.run(run(min(SOAK_WINDOW, until - time.monotonic()), len(memory)))

@@ -273,7 +273,7 @@ async def test_the_openai_client(student_of: Student) -> None:
         with pytest.raises(openai.NotFoundError):
             await client.images.generate(model="dall-e-2", prompt=PROMPT)
         with pytest.raises(openai.UnprocessableEntityError) as caught:
-            await client.images.generate(model="sd", prompt=PROMPT, size="33x33")  # type: ignore[arg-type]
+            await client.images.generate(model="sd", prompt=PROMPT, size="33x33")
         assert caught.value.param == "width"
         assert caught.value.code == "out_of_range"
         with pytest.raises(openai.AuthenticationError):

@@ -46,7 +46,7 @@ async def raw(served: Served, body: dict[str, Any], leave: asyncio.Event) -> lis
         "client": ("test", 1),
         "server": ("test", 80),
     }
-    await served.app(scope, receive, send)  # type: ignore[arg-type]
+    await served.app(scope, receive, send)
     return sent
 
 

@@ -149,7 +149,8 @@ async def test_no_label_grows_with_what_clients_say(student_of: Model) -> None:
 
         async def trouble(i: int) -> None:
             await served.post(model=f"model-{i}", headers={"X-Request-Id": f"id-{i}"})
-            await served.post(**{f"field_{i}": i})
+            unknown: dict[str, Any] = {f"field_{i}": i}
+            await served.post(**unknown)
             await served.post(scheduler=f"s{i}")
             await served.post(acceleration={"mode": f"m{i}"})
             await served.post(acceleration=[{"mode": "none"}] * (i % 7 + 1), num_inference_steps=1 + i % 2)
