@@ -17,7 +17,6 @@ from models.resolve import resolve
 from models.schedulers import REGISTRY
 from models.spec import Layout, ModelSpec
 
-
 MOST_COUNTERS = 64
 """Sizes of one model whose counts are kept."""
 

@@ -103,10 +103,6 @@ def test_nobody_is_asked_to_start_whose_rows_do_not_fit() -> None:
         asked.append(image.name)
         return True
 
-    def admit(image: Image) -> bool:
-        asked.append(image.name)
-        return True
-
     batcher = make(Image("a"), Image("b", started=False, num_rows=4), Image("c", started=False), cap=4)
     assert names(batcher.next(admit)) == "ac"
     assert asked == ["c"]
