@@ -20,7 +20,7 @@ from models import Backbone
 from models.generate import decode
 from models.rows import Row
 from models.trajectory import Trajectory
-from tests.serving import aio, hooked, pixels, serving, slowed, until
+from tests.serving import aio, hooked, pixels, serving, slowed
 
 Model = Callable[..., Backbone]
 
