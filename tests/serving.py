@@ -47,12 +47,14 @@ class Served:
 
     def value(self, name: str, **labels: str) -> float:
         """A metric's value; 0 where it has never been counted."""
-        return float(self.app.state.metrics.registry.get_sample_value(f"slipstream_{name}", labels) or 0.0)
+        found = self.app.state.metrics.registry.get_sample_value(f"slipstream_{name}", labels)
+        return float(found or 0.0)
 
     def total(self, name: str, **labels: str) -> float:
         """The sum over all series of a metric that have these labels."""
         samples = (s for family in self.app.state.metrics.registry.collect() for s in family.samples)
-        return sum(s.value for s in samples if s.name == f"slipstream_{name}" and labels.items() <= s.labels.items())
+        wanted = f"slipstream_{name}"
+        return float(sum(s.value for s in samples if s.name == wanted and labels.items() <= s.labels.items()))
 
     async def until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
         """Wait for something to become true."""
