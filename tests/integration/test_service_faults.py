@@ -192,7 +192,6 @@ async def test_loading_and_a_model_that_cannot_be_loaded(tmp_path: Path) -> None
         assert (loading.status_code, loading.json()["error"]["code"]) == (503, "loading")
         assert loading.headers["retry-after"]
         async with app.router.lifespan_context(app):
-            while app.state.engine.state == "loading":  # noqa: ASYNC110
-                await asyncio.sleep(0.01)  # the engine tells no event loop
+            await until(lambda: app.state.engine.state != "loading")
             assert (await client.get("/v1/models")).status_code == 503
             assert "model_index.json" in str(app.state.engine.failure)
