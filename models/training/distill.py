@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from models.backbones import load
 from models.backbones.base import Backbone
 from models.errors import RequestError, WrongBackbone
 from models.training.loop import Options, fit
-from models.training.muon import MatrixMuon
 from models.training.student import Pair
 from models.training.student_data import (
     Noised,
@@ -27,9 +24,9 @@ from models.training.student_data import (
     shape_pictures,
     shape_prompts,
 )
+from models.training.student_task import DistillTask
 
 RENDERED_PICTURES = 4096
-LEAST_EFFECT = 1e-3  # of guidance on a prediction of about unit variance; below, errors are not magnified further
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,40 +43,6 @@ class Settings:
     num_inference_steps: int
     ema_decay: float
     seed: int
-
-
-class DistillTask:
-    """Squared error between the student's one row and the teacher's guided pair, each image's relative to what guidance
-    changes in it: else the first steps, where guidance changes most, would drown all others.
-    """
-
-    name = "student"
-
-    def __init__(self, pair: Pair, source: Source, learning_rate: float) -> None:
-        self._pair, self._source, self._rate = pair, source, learning_rate
-        self.module = nn.Module()
-        self.module.weights = nn.ParameterList(pair.parameters)
-        self.module.source = source
-        self._error: Tensor | None = None  # of the student, and of the bare conditional row; running means
-
-    def optimizers(self) -> Sequence[Optimizer]:
-        return [MatrixMuon(self._pair.parameters, self._rate, weight_decay=0.0)]
-
-    def loss(self, generator: torch.Generator) -> Tensor:
-        batch = self._source.batch(generator)
-        target, conditional = self._pair.teacher(*batch)
-        error = _squared(self._pair.student(batch.x, batch.t, batch.conditional), target)
-        bare = _squared(conditional, target)
-        self._source.advance(target)
-        now = torch.stack([error.detach().mean(), bare.mean()])
-        self._error = now if self._error is None else self._error.lerp(now, 0.05)
-        return (error / bare.clamp(min=LEAST_EFFECT)).mean()
-
-    def preview(self, folder: Path, step: int) -> str:
-        if self._error is None:
-            return "nothing left to do"
-        student, plain = self._error.tolist()
-        return f"squared error {student:.5f}, of the conditional row without adapter {plain:.5f}"
 
 
 def distill(
@@ -156,10 +119,6 @@ def _fast(precision: str, backbone: Backbone) -> bool:
         return precision == "bfloat16"
     cuda = backbone.device.type == "cuda"
     return torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
-
-
-def _squared(a: Tensor, b: Tensor) -> Tensor:
-    return (a.float() - b.float()).square().mean(dim=(1, 2, 3))  # [rows]
 
 
 def metadata(settings: Settings) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from models import Request, generate, load
 from models.accelerators import CfgStudent
 from models.errors import RequestError
 from models.training import distill
-from models.training.distill import DistillTask
 from models.training.student import Pair
 from models.training.student_data import Trajectories
+from models.training.student_task import DistillTask
 
 PROMPTS = ["a red circle", "a blue star", "a green ring"]
 OPTIONS: dict[str, Any] = {
