@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from diffusers import DiffusionPipeline
 
 from models import Backbone, load
 from tests.pipelines import save_adapter, save_pipeline
+
+# Tiny networks gain nothing from a second thread, and on a busy machine two that wait for each other crawl.
+os.environ["OMP_NUM_THREADS"] = "1"  # for servers in processes of their own
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
