@@ -41,15 +41,12 @@ class Setting:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def settings() -> dict[str, Setting]:
-    """What is compared; jemalloc where the system has it."""
+def settings(threads: bool) -> dict[str, Setting]:
+    """What is compared, with or without numbers of threads; jemalloc where the system has it."""
     network, vae = ("--network-format", "channels_last"), ("--vae-format", "channels_last")
     half = ("--dtype", "bfloat16")
     found = {
         BASE: Setting(),
-        "1 thread": Setting(("--threads", "1")),
-        "twice the threads": Setting(("--threads", str(2 * (os.cpu_count() or 1)))),
-        "waiting threads spin": Setting((), {"OMP_WAIT_POLICY": "ACTIVE"}),
         "glibc thresholds": Setting((), GLIBC),
         "channels_last": Setting((*network, *vae)),
         "bf16": Setting(half),
@@ -57,6 +54,12 @@ def settings() -> dict[str, Setting]:
         "glibc thresholds, channels_last": Setting((*network, *vae), GLIBC),
         "glibc thresholds, bf16, channels_last": Setting((*half, *network, *vae), GLIBC),
     }
+    if threads:
+        found |= {
+            "1 thread": Setting(("--threads", "1")),
+            "twice the threads": Setting(("--threads", str(2 * (os.cpu_count() or 1)))),
+            "waiting threads spin": Setting((), {"OMP_WAIT_POLICY": "ACTIVE"}),
+        }
     if library := _jemalloc():
         found["jemalloc"] = Setting((), {"LD_PRELOAD": library})
         found["jemalloc, channels_last"] = Setting((*network, *vae), {"LD_PRELOAD": library})
@@ -141,7 +144,7 @@ def main() -> None:
     """Compare, and name the fastest."""
     given = options(__doc__, models=[*zoo.SMALL, *zoo.LARGE])
     report = Report("cpu", f"Time over '{BASE}'", given)
-    chosen = settings()
+    chosen = settings(threads=given.clock == "wall")
     if given.quick:
         chosen = {label: chosen[label] for label in (BASE, "glibc thresholds", "bf16, channels_last")}
     names = list(zoo.names(given))

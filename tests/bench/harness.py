@@ -21,6 +21,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 Contender = Callable[[], object]
+CLOCK = "SLIPSTREAM_BENCH_CLOCK"
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,16 @@ def race(contenders: Mapping[str, Contender], rounds: int, warmup: int = 1) -> R
     return Race(seconds)
 
 
+def clock() -> float:
+    """Seconds on the clock of this run: the wall's, or with `--clock cpu` what this process has computed."""
+    return time.process_time() if os.environ.get(CLOCK) == "cpu" else time.perf_counter()
+
+
 def elapsed(run: Contender) -> float:
     """Seconds of one call."""
-    began = time.perf_counter()
+    began = clock()
     run()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def options(title: str, argv: Sequence[str] | None = None, **flags: object) -> argparse.Namespace:
@@ -91,6 +97,12 @@ def options(title: str, argv: Sequence[str] | None = None, **flags: object) -> a
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny sizes, figures that mean nothing")
     parser.add_argument("--rounds", type=int, default=0, help="rounds of measuring; 0: the benchmark's own")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "bench", help="where the results go")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: where others compute too; one thread",
+    )
     for name, default in flags.items():
         flag = "--" + name.replace("_", "-")
         if default is False:
@@ -99,7 +111,12 @@ def options(title: str, argv: Sequence[str] | None = None, **flags: object) -> a
             parser.add_argument(flag, nargs="+", default=default, type=type(default[0]), help=f"default {default}")
         else:
             parser.add_argument(flag, default=default, type=type(default), help=f"default {default}")
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    os.environ[CLOCK] = given.clock  # worker processes have it too
+    if given.clock == "cpu":
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
+    return given
 
 
 def note(text: str) -> None:
@@ -115,6 +132,7 @@ def machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "threads": torch.get_num_threads(),
+        "clock": os.environ.get(CLOCK, "wall"),
         "load_before": round(os.getloadavg()[0], 2),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -35,6 +35,7 @@ class Report:
         """Add a table; all rows have the keys of the first."""
         self._tables.append((title, list(rows)))
         note(f"{title}\n{markdown(rows)}")
+        self.save()  # what a run that is cut short leaves behind
 
     def remark(self, text: str) -> None:
         """Add a sentence."""
