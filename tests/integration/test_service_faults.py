@@ -20,7 +20,7 @@ from models import Backbone
 from models.generate import decode
 from models.rows import Row
 from models.trajectory import Trajectory
-from tests.serving import aio, hooked, pixels, serving, slowed
+from tests.serving import aio, hooked, pixels, serving, slowed, until
 
 Model = Callable[..., Backbone]
 
