@@ -97,22 +97,22 @@ def _number(value: float | None, form: str) -> str:
 
 
 def plot(evaluation: Evaluation, file: Path) -> None:
-    """Speed against fidelity: above the grey line, an acceleration beats a plain run of fewer steps."""
+    """Speed (in MACs, which no busy machine can blur) against fidelity; a grey line joins plain runs of fewer steps."""
     shown = [(name, measure) for name, measure in PANELS if any(measure(s) is not None for s in evaluation.scores)]
     figure = Figure(figsize=(5.0 * len(shown) + 2.8, 4.4), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, (name, measure) in zip(panels, shown, strict=True):
-        axes.set(xlabel="speed, plain run = 1", ylabel=name)
+        axes.set(xlabel="times fewer MACs than the plain run", ylabel=name)
         axes.grid(alpha=0.3)
         points = [(s, measure(s)) for s in evaluation.scores]
-        plain = {s.case.num_inference_steps: (s.speedup, y) for s, y in points if y is not None and _is_plain(s)}
+        plain = {s.case.num_inference_steps: (s.mac_ratio, y) for s, y in points if y is not None and _is_plain(s)}
         _line_of_plain_runs(axes, plain)
         for number, (score, y) in enumerate((s, y) for s, y in points if s.case.kind == "accelerated"):
             marker = "osD^vP*X"[number // 10 % 8]
-            axes.plot(score.speedup, y, marker, color=f"C{number % 10}", label=score.case.label, markersize=7)
+            axes.plot(score.mac_ratio, y, marker, color=f"C{number % 10}", label=score.case.label, markersize=7)
         for score, y in points:
             if score.case.kind == "unguided" and y is not None:
-                axes.plot(score.speedup, y, "kx", label=score.case.label)
+                axes.plot(score.mac_ratio, y, "kx", label=score.case.label)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(f"{evaluation.model}, {evaluation.pictures} pictures a point")
