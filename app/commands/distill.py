@@ -24,7 +24,9 @@ def distill(
     rank: Annotated[int, typer.Option(min=1, max=256, help="Rank of the adapter.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 0.008,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; default 0.001, with --muon 0.008.")] = None,
+    relative: Annotated[bool, typer.Option(help="Errors relative to what guidance changes in each image.")] = False,
+    muon: Annotated[bool, typer.Option(help="Orthogonalised steps instead of AdamW's.")] = False,
     data: Annotated[
         str,
         typer.Option(
@@ -56,6 +58,8 @@ def distill(
             steps=steps,
             batch=batch,
             learning_rate=learning_rate,
+            relative=relative,
+            muon=muon,
             data=data,
             prompts=[line.strip() for line in lines if line.strip()],
             num_inference_steps=num_inference_steps,

@@ -39,6 +39,8 @@ class Settings:
     steps: int
     batch: int
     learning_rate: float
+    relative: bool
+    muon: bool
     data: str
     num_inference_steps: int
     ema_decay: float
@@ -53,7 +55,9 @@ def distill(
     rank: int = 8,
     steps: int = 1000,
     batch: int = 16,
-    learning_rate: float = 0.008,
+    learning_rate: float | None = None,
+    relative: bool = False,
+    muon: bool = False,
     data: str | Path = "trajectories",
     prompts: Sequence[str] = (),
     num_inference_steps: int | None = None,
@@ -68,6 +72,7 @@ def distill(
     `data` is "trajectories" (the teacher's own guided DDIM runs of `num_inference_steps`, prompts only), "shapes"
     (noised rendered scenes), or a directory of pictures with captions, noised. Where `prompts` are empty, a model of
     the shapes world gets its captions. An interrupted run goes on where it was; a finished one returns at once.
+    `relative` and `muon` are `DistillTask`'s.
     Weights are float32; `precision` "bfloat16" takes products in less ("auto": where the hardware is made for it).
     Raises `RequestError` for settings that cannot be distilled or that differ from the interrupted run's.
     """
@@ -85,7 +90,9 @@ def distill(
         rank=rank,
         steps=steps,
         batch=batch,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate or (0.008 if muon else 1e-3),
+        relative=relative,
+        muon=muon,
         data=str(data),
         num_inference_steps=count,
         ema_decay=ema_decay,
@@ -102,12 +109,12 @@ def distill(
         steps=steps,
         seed=seed,
         warmup=20,
-        decay_share=0.95,
+        decay_share=0.95 if muon else 0.6,
         ema_decay=ema_decay,
         autocast=_fast(precision, backbone),
         checkpoint_seconds=checkpoint_seconds,
     )
-    fit(DistillTask(pair, source, learning_rate), options)
+    fit(DistillTask(pair, source, settings.learning_rate, relative=relative, muon=muon), options)
     return pair.save(output, metadata(settings))
 
 
@@ -130,6 +137,8 @@ def metadata(settings: Settings) -> dict[str, Any]:
         "lora_alpha": settings.rank,
         "config_hash": settings.model,
         "steps": settings.steps,
+        "relative": settings.relative,
+        "muon": settings.muon,
         "num_inference_steps": settings.num_inference_steps,
         "data": "trajectories" if settings.data == "trajectories" else "noised",
     }

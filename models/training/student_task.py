@@ -17,21 +17,28 @@ LEAST_EFFECT = 1e-3  # of guidance on a prediction of about unit variance; below
 
 
 class DistillTask:
-    """Squared error between the student's one row and the teacher's guided pair, each image's relative to what guidance
-    changes in it: else the first steps, where guidance changes most, would drown all others.
+    """Squared error between the student's one row and the teacher's guided pair, the mean over images.
+
+    With `relative` each image's error is divided by what guidance changes in it: else the first steps, where guidance
+    changes most, count most. With `muon` the adapter's matrices take orthogonalised steps instead of AdamW's.
     """
 
     name = "student"
 
-    def __init__(self, pair: Pair, source: Source, learning_rate: float) -> None:
+    def __init__(
+        self, pair: Pair, source: Source, learning_rate: float, *, relative: bool = False, muon: bool = False
+    ) -> None:
         self._pair, self._source, self._rate = pair, source, learning_rate
+        self._relative, self._muon = relative, muon
         self.module = nn.Module()
         self.module.weights = nn.ParameterList(pair.parameters)
         self.module.source = source
         self._error: Tensor | None = None  # of the student, and of the bare conditional row; running means
 
     def optimizers(self) -> Sequence[Optimizer]:
-        return [MatrixMuon(self._pair.parameters, self._rate, weight_decay=0.0)]
+        if self._muon:
+            return [MatrixMuon(self._pair.parameters, self._rate, weight_decay=0.0)]
+        return [torch.optim.AdamW(self._pair.parameters, lr=self._rate, betas=(0.9, 0.99), weight_decay=0.0)]
 
     def loss(self, generator: torch.Generator) -> Tensor:
         batch = self._source.batch(generator)
@@ -41,7 +48,7 @@ class DistillTask:
         self._source.advance(target)
         now = torch.stack([error.detach().mean(), bare.mean()])
         self._error = now if self._error is None else self._error.lerp(now, 0.05)
-        return (error / bare.clamp(min=LEAST_EFFECT)).mean()
+        return (error / bare.clamp(min=LEAST_EFFECT) if self._relative else error).mean()
 
     def preview(self, folder: Path, step: int) -> str:
         if self._error is None:

@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {
     "rank": 2,
     "steps": 6,
     "batch": 4,
-    "learning_rate": 0.02,
+    "learning_rate": 5e-3,
     "prompts": PROMPTS,
     "num_inference_steps": 4,
     "device": "cpu",
@@ -85,7 +85,7 @@ def test_the_student_learns(layout: str, pipeline_dir: Callable[[str], Path]) ->
     backbone = load(str(pipeline_dir(layout)), device="cpu", dtype="float32")
     pair = Pair(backbone.network.module, 3.0, 4)
     source = Trajectories(backbone, 4, lambda number: PROMPTS[number % 3], 4)
-    task = DistillTask(pair, source, 0.02)
+    task = DistillTask(pair, source, 0.01)
     optimizer, generator = task.optimizers()[0], torch.Generator()
     losses = []
     for _ in range(14):
