@@ -55,7 +55,9 @@ class Build:
         (command,) = [rest for name, rest in self.stages[stage] if name == "RUN" and words in rest]
         while command.startswith("--mount"):
             command = command.partition(" ")[2].lstrip()
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "EXTRAS": ""}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        # The dependencies are borrowed from this environment, which may have the project itself installed too.
+        environment = {**os.environ, "PATH": path, "EXTRAS": "", "PIP_IGNORE_INSTALLED": "1"}
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", self.path(command)],
             cwd=cwd,
