@@ -105,7 +105,7 @@ def test_alert_fires_in_a_test_and_is_explained(alert: str) -> None:
     ]
     assert fired
     assert quiet
-    assert f"### {alert}" in (ROOT / "docs/operations.md").read_text()
+    assert f"### {alert}" in (ROOT / "deploy/docs/operations.md").read_text()
 
 
 @pytest.mark.prometheus
