@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from app import commands
 from app.settings import Settings
+from models.errors import SlipstreamError
 
 app = typer.Typer(
     name="slipstream",
@@ -98,8 +99,12 @@ for found in pkgutil.iter_modules(commands.__path__):
 
 
 def main() -> None:
-    """The console script."""
-    app()
+    """The console script. What a user got wrong is a line and exit code 2, not a traceback."""
+    try:
+        app()
+    except SlipstreamError as error:
+        typer.echo(f"slipstream: {error}", err=True)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
