@@ -23,13 +23,18 @@ from app.schemas.requests import GenerationRequest
 from app.schemas.responses import GeneratedImage, GenerationBody, TimingBody, UsageBody
 from app.settings import Settings
 from models.backbones.base import Backbone
+from models.device import set_threads
 from models.macs import Usage, usage
 from models.request import Request, Run
 from models.resolve import resolve
 
 T = TypeVar("T")
 CLERKS = 2
-"""Threads for what is neither the loop's work nor the engine's: reading and writing pictures, checking runs."""
+"""Threads for what is neither the loop's work nor the engine's: reading and writing pictures, checking runs.
+
+Each computes alone: with a second team of OpenMP threads in the process, GCC's runtime takes the cores for
+oversubscribed, puts waiting threads to sleep at once, and a step on the engine's thread takes twice as long.
+"""
 
 
 class Mailbox:
@@ -197,7 +202,7 @@ class Service:
         self.settings = settings
         self.engine = engine
         self.metrics = metrics
-        self._clerks = ThreadPoolExecutor(CLERKS, "clerk")
+        self._clerks = ThreadPoolExecutor(CLERKS, "clerk", initializer=set_threads, initargs=(1,))
         self._counting = threading.Lock()
 
     def close(self) -> None:

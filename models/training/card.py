@@ -30,7 +30,8 @@ Its captions are "a *size* *colour* *shape* on a *colour* background" and "a *si
 Everything is procedural: `python -m models.training.train {name}` renders the scenes, then trains the autoencoder, the
 text encoder (to say what stands where, with heads that are thrown away) and the denoiser on cached latents. The
 denoiser predicts velocity on Stable Diffusion's betas rescaled to zero terminal SNR, with trailing timesteps; a tenth
-of the captions is empty. Muon on the matrices, AdamW on the rest, moving average of the weights.
+of the captions is empty, and {false:.0%} make one false claim, as captions found in the world do.
+Muon on the matrices, AdamW on the rest, moving average of the weights.
 This one: {steps} steps of {batch} captions from {scenes} scenes, {minutes:.0f} minutes on {hardware}.
 A tenth of all combinations, chosen by a hash of the caption, was never shown.
 

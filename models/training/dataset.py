@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.training import pictures
-from models.training.shapes import Scene, render, sample_scenes
+from models.training.shapes import Scene, misdescribe, render, sample_scenes
 from models.training.text import Encoded, TextEncoder
 
 PAIR_SHARE = 0.75  # pairs are harder than single things, so training sees more of them than evaluation
@@ -20,16 +20,20 @@ SEED = 11
 
 @dataclass(frozen=True)
 class Dataset:
-    """`latents` [scenes, 4, 16, 16] of unit variance; captions encoded, the empty one as the last entry."""
+    """`latents` [scenes, 4, 16, 16] of unit variance; `captions` encoded: each scene's own, each with one claim made
+    false, and the empty one."""
 
     latents: Tensor
     captions: Encoded
 
-    def batch(self, size: int, empty_share: float, generator: torch.Generator) -> tuple[Tensor, Encoded]:
-        """`size` random scenes in float32; a share of the captions is replaced by the empty one."""
+    def batch(
+        self, size: int, empty_share: float, false_share: float, generator: torch.Generator
+    ) -> tuple[Tensor, Encoded]:
+        """`size` random scenes in float32; a share of the captions is the empty one, another makes a false claim."""
         index = torch.randint(len(self.latents), (size,), generator=generator)
-        empty = torch.rand(size, generator=generator) < empty_share
-        captions = torch.where(empty, len(self.latents), index)
+        chance = torch.rand(size, generator=generator)
+        told = torch.where(chance > 1 - false_share, len(self.latents) + index, index)
+        captions = torch.where(chance < empty_share, 2 * len(self.latents), told)
         chosen = Encoded(self.captions.tokens[captions].float(), self.captions.mask[captions])
         return self.latents[index].float(), chosen
 
@@ -39,7 +43,8 @@ def build(vae: AutoencoderKL, text: TextEncoder, folder: Path, count: int) -> Da
     path = folder / f"latents-{count}.safetensors"
     if not path.exists():
         save_file({"latents": _encode_scenes(vae, count)}, path)
-    scenes: list[Scene | None] = [*_scenes(count), None]
+    true, rng = _scenes(count), random.Random(SEED)
+    scenes: list[Scene | None] = [*true, *(misdescribe(scene, rng) for scene in true), None]
     return Dataset(load_file(path)["latents"], encode_captions(text, scenes))
 
 

@@ -23,23 +23,35 @@ LEARNING_RATE = 2e-3
 
 
 class DenoiserTask:
-    """Squared error of the velocity; a tenth of the captions is empty, so that guidance has its other half."""
+    """Squared error of the velocity.
+
+    A tenth of the captions is empty, so that guidance has its other half, and `false_share` of them make one false
+    claim, as captions found in the world do: guidance then has something to mend.
+    """
 
     def __init__(
-        self, name: str, network: Any, data: Dataset, vae: AutoencoderKL, text: TextEncoder, batch: int = 48
+        self,
+        name: str,
+        network: Any,
+        data: Dataset,
+        vae: AutoencoderKL,
+        text: TextEncoder,
+        batch: int = 48,
+        false_share: float = 0.1,
     ) -> None:
         self.name = name
         self.module = network
         if network.device.type == "cpu":  # the fused kernel's backward pass takes a quarter of the step there
             network.set_attn_processor(AttnProcessor())
-        self._data, self._vae, self._text, self._batch = data, vae, text, batch
+        self._data, self._vae, self._text = data, vae, text
+        self._batch, self._false_share = batch, false_share
         self._alphas = noise_scheduler().alphas_cumprod
 
     def optimizers(self) -> Sequence[Optimizer]:
         return split_optimizers(self.module, LEARNING_RATE)
 
     def loss(self, generator: torch.Generator) -> Tensor:
-        clean, captions = self._data.batch(self._batch, EMPTY_SHARE, generator)
+        clean, captions = self._data.batch(self._batch, EMPTY_SHARE, self._false_share, generator)
         noise = torch.randn(clean.shape, generator=generator)
         # One timestep from each of `batch` equal slices of the schedule: the same mean, less variance.
         offsets = torch.rand(self._batch, generator=generator)

@@ -35,7 +35,7 @@ EXAMPLES = (
 def save(
     folder: Path, vae: AutoencoderKL, text: TextEncoder, network: nn.Module, figures: dict[str, Any] | None = None
 ) -> None:
-    """Write the pipeline, `slipstream.json` and, given measured figures, the card; the networks stay in float32."""
+    """Write the pipeline and `slipstream.json`; given figures, these and the card. Networks stay in float32."""
     parts = (vae, text.network, network)
     for part in parts:
         part.to(torch.float16)
@@ -45,6 +45,7 @@ def save(
     defaults = _defaults(folder.name)
     (folder / "slipstream.json").write_text(json.dumps(defaults, indent=2) + "\n")
     if figures is not None:
+        (folder / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
         sizes = {type(part).__name__: sum(weight.numel() for weight in part.parameters()) for part in parts}
         (folder / "README.md").write_text(card.text(folder.name, defaults["description"], sizes, figures))
 

@@ -54,6 +54,11 @@ def build_transformer() -> PixArtTransformer2DModel:
     )
 
 
+def build(name: str) -> UNet2DConditionModel | PixArtTransformer2DModel:
+    """The new denoiser of the bundled model `name`."""
+    return build_unet() if name == "shapes-sd" else build_transformer()
+
+
 def predict(network: nn.Module, latents: Tensor, timesteps: Tensor, captions: Encoded) -> Tensor:
     """The velocity [rows, 4, 16, 16] either network predicts for noisy `latents`."""
     extra: dict[str, Any] = {}

@@ -4,7 +4,7 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from PIL import Image, ImageDraw
 
@@ -96,6 +96,23 @@ def sample_scenes(seed: int, *, held_out: bool, pair_share: float = 0.5) -> Iter
         scene = sample_scene(rng, pair_share)
         if scene.held_out == held_out:
             yield scene
+
+
+def misdescribe(scene: Scene, rng: random.Random) -> Scene:
+    """`scene` with one claim of its caption made false, still a combination that may be trained on."""
+    while True:
+        other = sample_scene(rng, pair_share=float(scene.relation is not None))
+        index = rng.randrange(len(scene.things))
+        word = rng.choice([field.name for field in fields(Thing)])
+        told = replace(scene.things[index], **{word: getattr(other.things[index], word)})
+        things = (*scene.things[:index], told, *scene.things[index + 1 :])
+        claims = [replace(scene, things=things), replace(scene, background=other.background)]
+        if scene.relation is not None:
+            claims.append(replace(scene, relation=other.relation))
+        wrong = rng.choice(claims)
+        clash = any(thing.colour == wrong.background for thing in wrong.things)
+        if wrong != scene and not clash and not wrong.held_out:
+            return wrong
 
 
 def place(scene: Scene, rng: random.Random) -> tuple[Point, ...]:

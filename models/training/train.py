@@ -2,7 +2,8 @@
 
 Stages, each continuing from its last checkpoint under `--folder`: vae (shared by both models), text, denoiser,
 validate (alignment on held-out captions), export (into models/bundled, or `--output`). Run it again with the same
-arguments after an interruption; add `--minutes` to train by the clock instead of by steps.
+arguments after an interruption; add `--minutes` to train by the clock instead of by steps. Where the checkpoints are
+gone, `--start-from` a folder that export wrote: its steps and minutes count, only the optimizers start anew.
 """
 
 import argparse
@@ -34,6 +35,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     stages = STAGES if arguments.stage == "all" else (arguments.stage,)
     run = {"vae": _vae, "text": _text, "denoiser": _denoiser, "validate": _validate, "export": _export}
+    if arguments.start_from is not None:
+        _start(arguments)
     for stage in stages:
         run[stage](arguments)
 
@@ -47,6 +50,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/shapes"), help="checkpoints and sample grids")
     parser.add_argument("--output", type=Path, default=BUNDLED, help="where export puts the model")
     parser.add_argument("--batch", type=int, default=48, help="captioned scenes a denoiser step")
+    parser.add_argument("--false", type=float, default=0.1, help="share of captions that make one false claim")
+    parser.add_argument("--start-from", type=Path, help="an exported model to train on, where there is no checkpoint")
     parser.add_argument("--scenes", type=int, default=SCENES, help="size of the training set")
     parser.add_argument("--captions", type=int, default=512, help="how many held-out captions to validate on")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, validation.GUIDANCE_SCALE])
@@ -77,6 +82,22 @@ def _autocast(arguments: argparse.Namespace) -> torch.autocast:
     return torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.precision == "bfloat16")
 
 
+def _start(arguments: argparse.Namespace) -> None:
+    """Turn an exported model into the checkpoints that training it would have left behind."""
+    path = arguments.folder / f"{arguments.model}.safetensors"
+    if path.exists():
+        return
+    family, start = FAMILIES[arguments.model], arguments.start_from
+    AutoencoderKL.from_pretrained(start / "vae", torch_dtype=torch.float32).save_pretrained(arguments.folder / "vae")
+    TextEncoder(family, start / "text_encoder").network.float().save_pretrained(arguments.folder / family)
+    network = networks.build(arguments.model)
+    part = "unet" if (start / "unet").exists() else "transformer"
+    network.load_state_dict(type(network).from_pretrained(start / part, torch_dtype=torch.float32).state_dict())
+    figures = json.loads((start / "training.json").read_text())
+    state = {"step": figures["steps"], "seconds": 60 * figures["minutes"]}
+    checkpoint.save(path, network, network.state_dict(), [], state)
+
+
 def _vae(arguments: argparse.Namespace) -> None:
     if (arguments.folder / "vae").exists():
         return
@@ -99,7 +120,8 @@ def _denoiser(arguments: argparse.Namespace) -> None:
     vae, text, network = _parts(arguments)
     with _autocast(arguments):
         data = dataset.build(vae, text, arguments.folder, arguments.scenes)
-    fit(DenoiserTask(arguments.model, network, data, vae, text, arguments.batch), _options(arguments, 20_000))
+    task = DenoiserTask(arguments.model, network, data, vae, text, arguments.batch, arguments.false)
+    fit(task, _options(arguments, 20_000))
 
 
 def _validate(arguments: argparse.Namespace) -> None:
@@ -118,6 +140,7 @@ def _validate(arguments: argparse.Namespace) -> None:
         "minutes": state["seconds"] / 60,
         "batch": arguments.batch,
         "scenes": arguments.scenes,
+        "false": arguments.false,
         "hardware": _hardware(arguments.device),
     }
     _figures_path(arguments).write_text(json.dumps(figures, indent=2) + "\n")
@@ -143,7 +166,7 @@ def _parts(arguments: argparse.Namespace, trained: bool = False) -> tuple[Autoen
     """The finished autoencoder and text encoder, frozen, and the denoiser, new or as its checkpoint's average."""
     vae = AutoencoderKL.from_pretrained(arguments.folder / "vae").to(arguments.device)
     text = TextEncoder(family := FAMILIES[arguments.model], arguments.folder / family).to(arguments.device)
-    network = networks.build_unet() if arguments.model == "shapes-sd" else networks.build_transformer()
+    network = networks.build(arguments.model)
     if trained:
         checkpoint.load_ema(arguments.folder / f"{arguments.model}.safetensors", network)
         network.eval()
