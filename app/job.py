@@ -107,7 +107,7 @@ class Lane:
     @property
     def num_rows(self) -> int:
         """Rows of the coming step."""
-        return sum(1 for _ in self.job.run.steps[self.step])
+        return self.job.run.steps[self.step].num_rows
 
 
 @dataclass(eq=False)
@@ -130,7 +130,7 @@ class Job:
         group = (self.model, self.run.width, self.run.height)
         self.lanes = [Lane(self, index, group) for index in range(len(self.run.seeds))]
         self.preview_steps = preview_steps(self.previews, len(self.run.steps))
-        rows = (sum(1 for _ in step) for step in reversed(self.run.steps))
+        rows = (step.num_rows for step in reversed(self.run.steps))
         self._rows_left = [0, *accumulate(rows)][::-1]
 
     @property

@@ -21,6 +21,8 @@ from models.resolve import resolve
 
 MEASURE_SECONDS = 4.0
 """Time a model may take for measuring its rows a tick."""
+WARM_TICKS = 3
+"""Ticks of one number of rows, of which the fastest counts: the first ones of each number make its buffers."""
 MOST_ROWS = {"cpu": 64, "cuda": 256}
 
 
@@ -66,13 +68,13 @@ def _warm(name: str, backbone: Backbone, settings: Settings, pace: Pace) -> int:
         return settings.max_rows if isinstance(settings.max_rows, int) else 2
 
     def tick(rows: int) -> float:
-        request = Request(prompt="", class_label=0 if spec.layout == "dit" else None, num_inference_steps=3)
+        request = Request(prompt="", class_label=0 if spec.layout == "dit" else None, num_inference_steps=WARM_TICKS)
         run = resolve(spec, backbone.scheduler_config, request)
-        each = sum(1 for _ in run.steps[0])
+        each = run.steps[0].num_rows
         run = replace(run, seeds=(0,) * max(1, rows // each))
         trajectories = start(backbone, run)
         seconds = []
-        for _ in range(2):
+        for _ in range(WARM_TICKS):
             began = time.perf_counter()
             advance(backbone, trajectories)
             wait(backbone.device)
@@ -84,7 +86,7 @@ def _warm(name: str, backbone: Backbone, settings: Settings, pace: Pace) -> int:
         pace.observe(name, 2, tick(2))
         return settings.max_rows
     try:
-        rows = knee(tick, MOST_ROWS.get(backbone.device.type, 64), MEASURE_SECONDS)
+        rows = knee(tick, MOST_ROWS.get(backbone.device.type, 64), MEASURE_SECONDS / WARM_TICKS)
     except Exception as error:
         if not out_of_memory(error):
             raise

@@ -31,19 +31,18 @@ def retry_after(seconds: float) -> int:
     return min(max(math.ceil(seconds), 1), 3600)
 
 
-def knee(seconds_of: Callable[[int], float], most: int, budget: float, gain: float = 0.95) -> int:
-    """Rows a tick beyond which more rows stop paying: doubled from 2 while a row gets at least 5 % cheaper.
+def knee(seconds_of: Callable[[int], float], most: int, budget: float, slack: float = 1.05) -> int:
+    """Rows a tick beyond which more rows stop paying: the fewest, of 2, 4, 8 ..., that cost at most 5 % more a row
+    than the best.
 
     `seconds_of(rows)` measures a tick. The search ends at `most` rows, or where the next tick would leave the `budget`
-    of seconds.
+    of seconds. All of it is measured before anything is said, so that one slow tick ends nothing.
     """
-    rows = 2
-    seconds = seconds_of(rows)
-    spent = seconds
-    while rows * 2 <= most and spent + 2 * seconds <= budget:
-        wider = seconds_of(rows * 2)
-        spent += wider
-        if wider / (rows * 2) > gain * seconds / rows:
-            break
-        rows, seconds = rows * 2, wider
-    return rows
+    rows, spent = 2, 0.0
+    costs: dict[int, float] = {}
+    while rows <= most and (not costs or spent + costs[rows // 2] * rows <= budget):
+        seconds = seconds_of(rows)
+        spent += seconds
+        costs[rows] = seconds / rows
+        rows *= 2
+    return next(rows for rows, cost in costs.items() if cost <= slack * min(costs.values()))

@@ -138,6 +138,7 @@ class Worker:
         for lane, trajectory in zip(job.lanes, start(backbone, job.run), strict=True):
             trajectory.watched = bool(job.preview_steps)
             lane.trajectory = trajectory
+            self._batcher.begin(lane)
             self._reserve(lane, self._budget.need(job.kind))
 
     # Denoising

@@ -37,7 +37,7 @@ def usage(backbone: Backbone, run: Run) -> Usage:
     counter = counter_for(backbone, run.width, run.height, None if given is None else given.shape[1])
     lora = backbone.loras[run.adapter] if run.adapter is not None else None
     images, steps = len(run.seeds), len(run.steps)
-    rows = sum(1 if step.unconditional is None else 2 for step in run.steps)
+    rows = sum(step.num_rows for step in run.steps)
     plain = counter.row(RowPlan()) * steps * (2 if run.guidance_scale > 1.0 else 1)
     return Usage(steps, rows * images, counter.run(run.steps, lora) * images, plain * images)
 

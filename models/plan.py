@@ -80,6 +80,11 @@ class StepRows:
     unconditional: RowPlan | None
 
     @property
+    def num_rows(self) -> int:
+        """One, or two where the step is guided."""
+        return 1 if self.unconditional is None else 2
+
+    @property
     def reduced(self) -> bool:
         """Whether any row of this step does less than the plain forward."""
         return any(plan.reduced for plan in self)

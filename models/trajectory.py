@@ -62,7 +62,7 @@ class Trajectory:
     @property
     def num_rows(self) -> int:
         """How many rows the coming step takes."""
-        return 1 if self.plan.unconditional is None else 2
+        return self.plan.num_rows
 
     @property
     def timestep(self) -> Tensor:

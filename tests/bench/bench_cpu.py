@@ -48,6 +48,7 @@ def settings(threads: bool) -> dict[str, Setting]:
     found = {
         BASE: Setting(),
         "glibc thresholds": Setting((), GLIBC),
+        "glibc thresholds, one arena": Setting((), {**GLIBC, "MALLOC_ARENA_MAX": "1"}),
         "channels_last": Setting((*network, *vae)),
         "bf16": Setting(half),
         "bf16, channels_last": Setting((*half, *network, *vae)),

@@ -36,7 +36,9 @@ def batcher_cost(model: Model, line: str, waiting: int) -> float:
     running = trajectories(model, [request(model, 2)])[0]
     for i in range(waiting):
         job = unguided if line == LINES[1] and i == 0 else guided
-        batcher.add(Lane(job, i, guided.group, running if i < 4 else None))
+        batcher.add(lane := Lane(job, i, guided.group, running if i < 4 else None))
+        if lane.started:
+            batcher.begin(lane)
     admit = (lambda _: False) if line == LINES[2] else (lambda _: True)
     return statistics.median(elapsed(partial(batcher.next, admit)) for _ in range(51))
 

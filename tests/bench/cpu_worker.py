@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import cache
+from threading import Thread
 
 import torch
 
@@ -31,8 +32,6 @@ def main() -> None:
     parser.add_argument("--vae-dtype", default="")
     given = parser.parse_args()
     quiet()
-    if given.threads:
-        torch.set_num_threads(given.threads)
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
     @cache
@@ -55,10 +54,17 @@ def main() -> None:
         latents = torch.cat([trajectory.latents for trajectory in running])
         return lambda: loaded.backbone.decode(latents)
 
-    print("ready", flush=True)
-    for line in sys.stdin:
-        name, kind, count = line.split()
-        print(elapsed(work(name, kind, int(count))), flush=True)
+    def answer() -> None:
+        if given.threads:
+            torch.set_num_threads(given.threads)
+        print("ready", flush=True)
+        for line in sys.stdin:
+            name, kind, count = line.split()
+            print(elapsed(work(name, kind, int(count))), flush=True)
+
+    thread = Thread(target=answer)  # as the engine's: glibc gives it another arena than the main thread
+    thread.start()
+    thread.join()
 
 
 if __name__ == "__main__":

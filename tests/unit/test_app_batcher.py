@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from app.batcher import Batcher
+from app.batcher import LOOKAHEAD, Batcher
 from app.budget import KINDS, Budget
 from app.pace import Pace, knee, retry_after
 
@@ -17,7 +17,6 @@ class Image:
     name: str
     group: Hashable = "g"
     num_rows: int = 2
-    started: bool = True
 
     def __repr__(self) -> str:
         return self.name
@@ -82,7 +81,7 @@ def test_a_new_group_waits_one_turn_at_most() -> None:
 
 
 @pytest.mark.parametrize(
-    ("started", "admitted", "expected"),
+    ("begun", "admitted", "expected"),
     [
         ("ab", "", "ab"),
         ("a", "c", "ac"),
@@ -91,9 +90,37 @@ def test_a_new_group_waits_one_turn_at_most() -> None:
         ("", "abc", "abc"),
     ],
 )
-def test_only_the_admitted_start(started: str, admitted: str, expected: str) -> None:
-    images = [Image(name, started=name in started, num_rows=1) for name in "abc"]
-    assert names(make(*images).next(lambda image: image.name in admitted)) == expected
+def test_only_the_admitted_start(begun: str, admitted: str, expected: str) -> None:
+    images = [Image(name, num_rows=1) for name in "abc"]
+    batcher = make(*images)
+    for image in images:
+        if image.name in begun:
+            batcher.begin(image)
+    assert names(batcher.next(lambda image: image.name in admitted)) == expected
+
+
+def test_a_tick_looks_at_a_bounded_part_of_the_line_and_at_all_that_has_begun() -> None:
+    last, asked = Image("last"), []
+    batcher = make(*[Image(str(i)) for i in range(2 * LOOKAHEAD)], last)
+
+    def refuse(image: Image) -> bool:
+        asked.append(image)
+        return False
+
+    assert batcher.next(refuse) == []
+    assert len(asked) == LOOKAHEAD
+    batcher.begin(last)
+    assert batcher.next(refuse) == [last]
+
+
+def test_what_has_begun_keeps_its_place_by_age() -> None:
+    a, b, c, d = (Image(name) for name in "abcd")
+    batcher = make(a, b, c, d, cap=6)
+    batcher.begin(d)
+    batcher.begin(b)
+    assert names(batcher.next()) == "abc"
+    batcher.discard(b)
+    assert names(batcher.next()) == "acd"
 
 
 def test_nobody_is_asked_to_start_whose_rows_do_not_fit() -> None:
@@ -103,7 +130,9 @@ def test_nobody_is_asked_to_start_whose_rows_do_not_fit() -> None:
         asked.append(image.name)
         return True
 
-    batcher = make(Image("a"), Image("b", started=False, num_rows=4), Image("c", started=False), cap=4)
+    first = Image("a")
+    batcher = make(first, Image("b", num_rows=4), Image("c"), cap=4)
+    batcher.begin(first)
     assert names(batcher.next(admit)) == "ac"
     assert asked == ["c"]
 
@@ -143,7 +172,6 @@ def test_discard_is_forgiving_and_complete() -> None:
     batcher.discard(a)
     batcher.discard(a)
     assert len(batcher) == 0
-    assert not list(batcher)
     assert batcher.next() == []
 
 
@@ -166,7 +194,8 @@ def test_the_pace_is_learned_by_model() -> None:
     ("seconds", "expected"),
     [
         ({2: 1.0, 4: 1.1, 8: 1.3, 16: 2.6}, 8),  # at 16 a row costs what it did at 8
-        ({2: 1.0, 4: 2.0}, 2),
+        ({2: 1.0, 4: 2.0, 8: 4.0, 16: 8.0}, 2),
+        ({2: 1.0, 4: 2.1, 8: 1.5, 16: 2.9}, 8),  # one slow tick on the way ends nothing
         ({2: 1.0, 4: 1.0, 8: 1.0, 16: 1.0}, 16),  # the most that is allowed
         ({2: 50.0}, 2),  # too slow to measure more
     ],
