@@ -14,7 +14,7 @@ from app.pace import Pace, knee
 from app.settings import Settings
 from models.backbones.base import Backbone
 from models.denoise import advance
-from models.device import out_of_memory, release_memory, wait
+from models.device import fast_bfloat16, find_device, keep_freed_memory, out_of_memory, release_memory, wait
 from models.generate import decode, start
 from models.request import Request
 from models.resolve import resolve
@@ -45,14 +45,20 @@ def warm_all(backbones: Mapping[str, Backbone], settings: Settings, metrics: Met
 def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
     began = time.monotonic()
     short = Path(name).name
+    device, dtype = find_device(settings.device), settings.dtype
+    if dtype == "auto" and fast_bfloat16(device):
+        dtype = "bfloat16"
     backbone = models.load(
         name,
-        device=settings.device,
-        dtype=settings.dtype,
+        device=device,
+        dtype=dtype,
         adapters=settings.files("adapter", short),
         plans=settings.files("plan", short),
         compile=settings.compile,
     )
+    if device.type == "cpu":
+        keep_freed_memory()
+        backbone.channels_last()
     seconds = time.monotonic() - began
     metrics.load_seconds.labels(short).set(seconds)
     megabytes = backbone.weight_bytes() / 2**20

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""glibc's numbers of what `mallopt` sets, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,30 @@ def device_memory() -> list[DeviceMemory]:
         peak = torch.cuda.max_memory_allocated(i)
         found.append(DeviceMemory(f"cuda:{i}", allocated, reserved, peak, total - free, total))
     return found
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """The device of this name; `auto` is a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware itself multiplies bfloat16: then it is faster than float32."""
+    cuda = device.type == "cuda"
+    return torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what operators free, for the next ones, in place of handing it back to the system each time.
+
+    For a process that computes on a CPU; does nothing where the C library is another one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            mallopt(parameter, size)
 
 
 def set_threads(count: int) -> None:

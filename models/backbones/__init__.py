@@ -22,6 +22,7 @@ from models.backbones.base import Backbone, Network
 from models.backbones.conditioning import Conditioner
 from models.backbones.dit import DiT
 from models.backbones.unet import UNet, truncate
+from models.device import find_device
 from models.errors import ModelLoadError
 from models.schedulers import default_name, supported
 from models.spec import Layout, ModelSpec
@@ -61,7 +62,7 @@ def load(
     Raises `ModelLoadError` where the files are not a servable model.
     """
     directory = _locate(name)
-    device = _device(device)
+    device = find_device(device)
     dtype = _dtype(dtype, device)
     index = _json(directory / "model_index.json")
     layout = LAYOUTS.get(str(index.get("_class_name")))
@@ -156,12 +157,6 @@ def _truncated_unet(directory: Path, config: dict[str, Any], depth: int, layout:
         raise ModelLoadError(f"{directory}: {len(missing)} weights are missing, {min(missing)} first")
     unet.load_state_dict({name: weights[stored] for name, stored in names.items()}, assign=True)
     return unet
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

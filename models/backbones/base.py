@@ -86,6 +86,13 @@ class Backbone:
             return (latents - mean) * config.scaling_factor / std  # type: ignore[no-any-return]
         return config.scaling_factor * latents  # type: ignore[no-any-return]
 
+    def channels_last(self) -> None:
+        """Lay the weights of convolutions out as [out, h, w, in], which a CPU convolves faster."""
+        for module in (self.network.module, self.vae):
+            for part in module.modules():
+                if isinstance(part, nn.Conv2d):
+                    part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
     def weight_bytes(self) -> int:
         """Bytes of the base weights: network, text encoders and VAE."""
         modules = (self.network.module, self.vae, *self.conditioner.modules())

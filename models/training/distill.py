@@ -12,6 +12,7 @@ import torch
 
 from models.backbones import load
 from models.backbones.base import Backbone
+from models.device import fast_bfloat16
 from models.errors import RequestError, WrongBackbone
 from models.training.loop import Options, fit
 from models.training.student import Pair
@@ -124,8 +125,7 @@ def _fast(precision: str, backbone: Backbone) -> bool:
         raise RequestError("precision", f"{precision!r} is not auto, float32 or bfloat16")
     if precision != "auto":
         return precision == "bfloat16"
-    cuda = backbone.device.type == "cuda"
-    return torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
+    return fast_bfloat16(backbone.device)
 
 
 def metadata(settings: Settings) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from models.device import fast_bfloat16
 from models.training import checkpoint, dataset, export, networks, validation
 from models.training.denoiser import DenoiserTask
 from models.training.loop import Options, fit
@@ -56,16 +57,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--captions", type=int, default=512, help="how many held-out captions to validate on")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, validation.GUIDANCE_SCALE])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=["bfloat16", "float32"], default=_fast_precision())
+    parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-def _fast_precision() -> str:
-    """bfloat16 where the hardware multiplies it, CPUs included."""
-    fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if fast else "float32"
+    arguments = parser.parse_args()
+    if arguments.precision == "auto":
+        arguments.precision = "bfloat16" if fast_bfloat16(torch.device(arguments.device)) else "float32"
+    return arguments
 
 
 def _options(arguments: argparse.Namespace, steps: int) -> Options:

@@ -1,6 +1,7 @@
 """Which settings make a CPU service fastest: threads, malloc, memory format, precision. `slipstream bench cpu`
 
-Every setting is a process of its own, all alive side by side; they take turns, one measurement each.
+Every setting is a process of its own, all alive side by side; they take turns, one measurement each. So no setting may
+compute while it waits: `OMP_WAIT_POLICY=ACTIVE` is not among them, it spins on a core for as long as it lives.
 """
 
 from __future__ import annotations
@@ -59,7 +60,6 @@ def settings(threads: bool) -> dict[str, Setting]:
         found |= {
             "1 thread": Setting(("--threads", "1")),
             "twice the threads": Setting(("--threads", str(2 * (os.cpu_count() or 1)))),
-            "waiting threads spin": Setting((), {"OMP_WAIT_POLICY": "ACTIVE"}),
         }
     if library := _jemalloc():
         found["jemalloc"] = Setting((), {"LD_PRELOAD": library})

@@ -1,6 +1,8 @@
 """The bundled models as anybody gets them: plain diffusers loads them and they draw what the captions say."""
 
 import json
+import random
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from diffusers import DiffusionPipeline, PixArtAlphaPipeline, StableDiffusionPip
 from safetensors.torch import load_file
 
 import models
+from models.training import pictures
 from models.training.checker import check
-from models.training.shapes import SIDE, parse_caption
+from models.training.shapes import SIDE, parse_caption, render, sample_scenes
 from models.training.tokenizers import words
 
 BUNDLED = Path(models.__file__).parent / "bundled"
@@ -58,12 +61,21 @@ def test_the_directory_says_which_pipeline_it_is(name: str) -> None:
 
 def test_pictures_keep_their_captions(pipeline: Any, name: str, defaults: dict[str, Any]) -> None:
     captions = defaults["examples"]
-    pictures = _draw(
-        pipeline, name, captions, defaults["default_guidance_scale"], defaults["default_num_inference_steps"]
-    )
-    verdicts = [check(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
+    drawn = _draw(pipeline, name, captions, defaults["default_guidance_scale"], defaults["default_num_inference_steps"])
+    verdicts = [check(picture, caption) for picture, caption in zip(drawn, captions, strict=True)]
     assert all(verdict.background for verdict in verdicts)
     assert sum(verdict.all for verdict in verdicts) >= RIGHT_OF_EIGHT[name]
+
+
+@torch.inference_mode()
+def test_the_autoencoder_keeps_what_the_checker_reads(pipeline: Any) -> None:
+    rng = random.Random(5)
+    scenes = list(islice(sample_scenes(5, held_out=True), 128))
+    images = pictures.to_tensor(render(scene, rng) for scene in scenes)
+    vae = pipeline.vae
+    decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in images.split(32)])
+    verdicts = [check(p, s.caption) for p, s in zip(pictures.to_pictures(decoded), scenes, strict=True)]
+    assert sum(verdict.all for verdict in verdicts) / len(verdicts) >= 0.97
 
 
 def test_weights_are_finite_and_in_half_precision(name: str) -> None:

@@ -13,6 +13,7 @@ from models.training.shapes import (
     SIDE,
     Scene,
     Thing,
+    misdescribe,
     parse_caption,
     place,
     render,
@@ -97,3 +98,19 @@ def test_things_stand_apart_inside_the_picture_and_as_the_relation_says() -> Non
             along, across = ((x2 - x1) * right, y2 - y1) if right else ((y2 - y1) * down, x2 - x1)
             assert along >= sum(radii) + 3
             assert abs(across) <= 8
+
+
+def test_a_misdescribed_scene_differs_in_one_claim_and_may_be_trained_on() -> None:
+    rng = random.Random(9)
+    for scene in _scenes(300):
+        told = misdescribe(scene, rng)
+        assert parse_caption(told.caption) == told
+        assert not told.held_out
+        assert all(thing.colour != told.background for thing in told.things)
+        words, others = scene.caption.split(" "), told.caption.split(" ")
+        same_relation = scene.relation == told.relation
+        assert told != scene
+        if same_relation:
+            assert sum(a != b for a, b in zip(words, others, strict=True)) == 1
+        else:
+            assert (told.things, told.background) == (scene.things, scene.background)
