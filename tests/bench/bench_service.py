@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 from tests.bench import peers, zoo
-from tests.bench.harness import note, options, quiet, race
+from tests.bench.harness import Race, note, options, quiet, race
 from tests.bench.report import Report
 from tests.bench.runs import fresh_prompt
 from tests.soak import resident_bytes, soak
@@ -41,24 +41,14 @@ SOAKED = (
 
 
 @contextmanager
-def server(threads: int) -> Iterator[tuple[str, int]]:
+def server(threads: int, dtype: str) -> Iterator[tuple[str, int]]:
     """`slipstream serve` as a process of its own; its address and process id."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "app.cli",
-        "serve",
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-        "--log-level",
-        "warning",
-    ]
-    process = subprocess.Popen([*command, "--torch-threads", str(threads)], env=os.environ | {"TQDM_DISABLE": "1"})
+    flags = {"port": port, "device": "cpu", "log-level": "warning", "torch-threads": threads, "dtype": dtype}
+    command = [sys.executable, "-m", "app.cli", "serve", *(f"--{name}={value}" for name, value in flags.items())]
+    process = subprocess.Popen(command, env=os.environ | {"TQDM_DISABLE": "1"})
     try:
         while True:
             if process.poll() is not None:
@@ -74,46 +64,56 @@ def server(threads: int) -> Iterator[tuple[str, int]]:
         process.wait()
 
 
+def compare(model: zoo.Model, client: httpx.Client, dtype: str, steps: int, rounds: int) -> tuple[Race, Race]:
+    """One request, then `TOGETHER` at once, against a diffusers pipeline of the same precision."""
+    pipeline = model.pipeline().to(getattr(torch, dtype))
+    scale = model.backbone.spec.default_guidance_scale
+
+    def post() -> None:
+        body = {"prompt": fresh_prompt(model), "model": MODEL, "num_inference_steps": steps, "seed": 0}
+        client.post("/generate", json=body).raise_for_status()
+
+    def all_at_once() -> None:
+        with ThreadPoolExecutor(TOGETHER) as clients:
+            list(clients.map(lambda _: post(), range(TOGETHER)))
+
+    def draw() -> None:
+        peers.draw(pipeline, fresh_prompt(model), steps, scale)
+
+    def one_after_another() -> None:
+        for _ in range(TOGETHER):
+            draw()
+
+    note(f"{dtype}: {rounds} rounds of one request, half as many of {TOGETHER}")
+    single = race({"diffusers": draw, "HTTP": post}, rounds, warmup=2)
+    return single, race({"diffusers": one_after_another, "HTTP": all_at_once}, max(1, rounds // 2))
+
+
 def main() -> None:
     """Measure, and soak where that is asked for."""
-    given = options(__doc__, soak=0.0, threads=torch.get_num_threads(), steps=25)
+    given = options(
+        __doc__, soak=0.0, threads=torch.get_num_threads(), steps=25, dtypes=["float32", "bfloat16"], no_race=False
+    )
     quiet()
     torch.set_num_threads(given.threads)
     report = Report("service", "The service over HTTP, over diffusers in one process", given)
     model = zoo.model(MODEL)
-    pipeline, scale = model.pipeline(), model.backbone.spec.default_guidance_scale
-    steps = 2 if given.quick else given.steps
-    memory: list[float] = []
-    with server(given.threads) as (url, pid), httpx.Client(base_url=url, timeout=600) as client:
-
-        def post() -> None:
-            body = {"prompt": fresh_prompt(model), "model": MODEL, "num_inference_steps": steps, "seed": 0}
-            client.post("/generate", json=body).raise_for_status()
-
-        def all_at_once() -> None:
-            with ThreadPoolExecutor(TOGETHER) as clients:
-                list(clients.map(lambda _: post(), range(TOGETHER)))
-
-        def draw() -> None:
-            peers.draw(pipeline, fresh_prompt(model), steps, scale)
-
-        def one_after_another() -> None:
-            for _ in range(TOGETHER):
-                draw()
-
-        rounds = given.rounds or (1 if given.quick else 9)
-        note(f"one request, {rounds} rounds")
-        single = race({"diffusers": draw, "HTTP": post}, rounds, warmup=2)
-        note(f"{TOGETHER} requests, {rounds} rounds")
-        many = race({"diffusers": one_after_another, "HTTP": all_at_once}, 1 if given.quick else max(1, rounds // 2))
+    steps, rounds = (2, 1) if given.quick else (given.steps, given.rounds or 9)
+    found: dict[str, tuple[Race, Race]] = {}
+    for dtype in () if given.no_race else given.dtypes:
+        with server(given.threads, dtype) as (url, _), httpx.Client(base_url=url, timeout=600) as client:
+            found[dtype] = compare(model, client, dtype, steps, rounds)
         rows: list[dict[str, object]] = []
-        for label, timed, target in (("1", single, HTTP_TARGET), (f"{TOGETHER}", many, TOGETHER_TARGET)):
+        for label, timed, target in zip(
+            ("1", f"{TOGETHER}"), found[dtype], (HTTP_TARGET, TOGETHER_TARGET), strict=True
+        ):
             for way in ("diffusers", "HTTP"):
                 over = timed.ratio(way, "diffusers")
                 row = {"requests": label, "through": way, "ms": timed.time(way).times(1000), "over diffusers": over}
                 rows.append(row | {"target": target if way == "HTTP" else ""})
-        report.table(f"{MODEL}, {steps} steps, guided, {given.threads} threads", rows)
-        if given.soak:
+        report.table(f"{MODEL}, {dtype} on both sides, {steps} steps, guided, {given.threads} threads", rows)
+    if given.soak:
+        with server(given.threads, given.dtypes[0]) as (url, pid):
             ends, memory = soaked(url, pid, given.soak * 60)
             report.remark(f"Soak of {given.soak:g} minutes: {dict(ends)}; resident MiB by window: {memory}.")
             waiting = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith(GAUGES)]
@@ -121,15 +121,17 @@ def main() -> None:
 
     def draw_figure(figure: Figure) -> None:
         axes = figure.subplots()
-        for i, (label, timed) in enumerate((("1 request", single), (f"{TOGETHER} requests", many))):
-            for j, way in enumerate(("diffusers", "HTTP")):
-                axes.bar(i + 0.4 * j, timed.ratio(way, "diffusers").median, 0.38, label=way if not i else None)
-            axes.text(i + 0.2, 0.02, label, ha="center")
-        axes.set_ylabel("time over diffusers")
+        for i, (dtype, (single, many)) in enumerate(found.items()):
+            for j, (label, timed) in enumerate((("1 request", single), (f"{TOGETHER} requests", many))):
+                height = timed.ratio("HTTP", "diffusers").median
+                axes.bar(2.5 * i + j, height, 0.9, color=f"C{j}")
+                axes.text(2.5 * i + j, height, f"{label}\n{dtype}\n{height:.2f}", ha="center", va="bottom", fontsize=8)
+        axes.axhline(1.0, color="grey", linewidth=1)
+        axes.set_ylabel("time through HTTP over diffusers")
         axes.set_xticks([])
-        axes.legend()
+        axes.margins(y=0.25)
 
-    report.save(draw_figure)
+    report.save(draw_figure if found else None)
 
 
 GAUGES = ("slipstream_requests_running", "slipstream_requests_waiting", "slipstream_feature_memory_bytes")

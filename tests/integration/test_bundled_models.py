@@ -73,7 +73,7 @@ def test_the_autoencoder_keeps_what_the_checker_reads(pipeline: Any) -> None:
     scenes = list(islice(sample_scenes(5, held_out=True), 128))
     images = pictures.to_tensor(render(scene, rng) for scene in scenes)
     vae = pipeline.vae
-    decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in images.split(32)])
+    decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in torch.split(images, 32)])
     verdicts = [check(p, s.caption) for p, s in zip(pictures.to_pictures(decoded), scenes, strict=True)]
     assert sum(verdict.all for verdict in verdicts) / len(verdicts) >= 0.97
 
