@@ -54,6 +54,7 @@ def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
         dtype=dtype,
         adapters=settings.files("adapter", short),
         plans=settings.files("plan", short),
+        depth=settings.blocks(short),
         compile=settings.compile,
     )
     if device.type == "cpu":

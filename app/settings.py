@@ -26,6 +26,9 @@ class Settings(BaseSettings):
     )
     adapter: Names = Field((), description="Guidance students, MODEL=PATH each, known by the path's last part.")
     plan: Names = Field((), description="DiTFastAttn plans, MODEL=PATH each, known by the file's name.")
+    depth: Names = Field(
+        (), description="Depth-skip at loading, MODEL=BLOCKS each: the first input blocks of a U-Net, the rest never."
+    )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
@@ -64,7 +67,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity logged.")
     log_file: Path | None = Field(None, description="Log into this file instead of standard error.")
 
-    @field_validator("model", "adapter", "plan", "api_keys", "cors_origins", mode="before")
+    @field_validator("model", "adapter", "plan", "depth", "api_keys", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """Comma separated, as in the environment; a list, as from repeated flags, is taken as it is."""
@@ -79,13 +82,22 @@ class Settings(BaseSettings):
         names = {Path(model).name for model in self.model}
         if len(names) != len(self.model):
             raise ValueError("model: two models of the same name")
-        for field, values in (("adapter", self.adapter), ("plan", self.plan)):
+        for field, values, kind in (
+            ("adapter", self.adapter, "PATH"),
+            ("plan", self.plan, "PATH"),
+            ("depth", self.depth, "BLOCKS"),
+        ):
             for value in values:
-                if value.partition("=")[0] not in names or not value.partition("=")[2]:
-                    raise ValueError(
-                        f"{field}: {value!r} is not MODEL=PATH with MODEL one of {', '.join(sorted(names))}"
-                    )
+                name, _, given = value.partition("=")
+                if name not in names or not given or (kind == "BLOCKS" and not (given.isdecimal() and int(given))):
+                    known, number = ", ".join(sorted(names)), ", and BLOCKS a number from 1" * (kind == "BLOCKS")
+                    raise ValueError(f"{field}: {value!r} is not MODEL={kind} with MODEL one of {known}{number}")
         return self
+
+    def blocks(self, model: str) -> int | None:
+        """How many input blocks to load of one model; None: all."""
+        pairs = dict(value.split("=", 1) for value in self.depth)
+        return int(pairs[model]) if model in pairs else None
 
     def files(self, field: Literal["adapter", "plan"], model: str) -> dict[str, Path]:
         """The adapters or plans given for one model, by name."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from diffusers.utils import convert_all_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -14,11 +15,33 @@ from torch import Tensor, nn
 from models.errors import ModelLoadError
 from models.spec import AdapterInfo
 
-Terms = dict[tuple[str, str], tuple[Tensor, Tensor]]
-"""(attention path, projection) -> (down [rank, in], up [out, rank] with the scale multiplied in)."""
-
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+
+Source = Literal["hidden", "context", "core"]
+"""What a projection reads: an attention's input, what it attends to where that is another tensor, or its core."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Term:
+    """What an adapter adds to the projections of one attention that read the same: one matmul serves them all."""
+
+    down: Tensor  # [ranks, in]: theirs, one above the other
+    ranks: tuple[int, ...]
+    ups: tuple[tuple[str, Tensor], ...]  # projection and [rank, out] with the scale multiplied in, as `ranks`
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All it holds."""
+        return (self.down, *(up for _, up in self.ups))
+
+    def to(self, device: str) -> Term:
+        """The same term on a device."""
+        return Term(self.down.to(device), self.ranks, tuple((name, up.to(device)) for name, up in self.ups))
+
+
+Terms = dict[tuple[str, Source], Term]
+"""By attention path and what is read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +54,7 @@ class Lora:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors on the device."""
-        return sum(t.nbytes for pair in self.terms.values() for t in pair)
+        return sum(t.nbytes for term in self.terms.values() for t in term.tensors)
 
 
 def load_lora(path: str | Path, network: nn.Module, config_hash: str, name: str | None = None) -> Lora:
@@ -56,7 +79,7 @@ def load_lora(path: str | Path, network: nn.Module, config_hash: str, name: str 
     except (KeyError, ValueError) as error:
         raise ModelLoadError(f"{file}: its metadata does not say at which guidance_scale it was distilled") from error
     terms, rank = _terms(file, weights, metadata, network)
-    parameters = sum(t.numel() for pair in terms.values() for t in pair)
+    parameters = sum(t.numel() for term in terms.values() for t in term.tensors)
     return Lora(
         AdapterInfo(name or Path(path).stem, scale, rank, parameters, metadata.get("negative_prompt", "")), terms
     )
@@ -72,7 +95,7 @@ def _terms(file: Path, weights: dict[str, Tensor], metadata: dict[str, str], net
     except ValueError as error:
         raise ModelLoadError(f"{file}: these are no LoRA weights: {error}") from error
     settings = _peft_settings(file, metadata)
-    terms: Terms = {}
+    found: dict[tuple[str, Source], dict[str, tuple[Tensor, Tensor]]] = {}
     rank = 0
     for key in weights:
         if key.endswith(".lora_B.weight") and key.replace("lora_B", "lora_A") in weights:
@@ -86,11 +109,24 @@ def _terms(file: Path, weights: dict[str, Tensor], metadata: dict[str, str], net
             raise ModelLoadError(f"{file}: {target} is no attention projection of this model")
         rank = down.shape[0]
         alpha = alphas.get(target, float(settings.get("lora_alpha", rank)))
-        pair = (down.to(reference), (up.float() * (alpha / rank)).to(reference))
-        terms[target.removesuffix("." + projection), projection] = pair
-    if not terms:
+        path = target.removesuffix("." + projection)
+        pair = (down.to(reference), (up.float() * (alpha / rank)).to(reference).t().contiguous())
+        found.setdefault((path, _source(network.get_submodule(path), projection)), {})[projection] = pair
+    if not found:
         raise ModelLoadError(f"{file}: no LoRA weights found")
-    return terms, rank
+    return {key: _joined(pairs) for key, pairs in found.items()}, rank
+
+
+def _source(attention: nn.Module, projection: str) -> Source:
+    if projection == "to_out.0":
+        return "core"
+    return "context" if projection != "to_q" and attention.is_cross_attention else "hidden"
+
+
+def _joined(pairs: dict[str, tuple[Tensor, Tensor]]) -> Term:
+    downs = [down for down, _ in pairs.values()]
+    ups = tuple((name, up) for name, (_, up) in pairs.items())
+    return Term(torch.cat(downs), tuple(len(down) for down in downs), ups)
 
 
 def _peft_settings(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -104,4 +140,4 @@ def _peft_settings(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 def meta_lora(lora: Lora) -> Lora:
     """The same adapter without storage, for counting MACs."""
-    return Lora(lora.info, {k: (a.to("meta"), b.to("meta")) for k, (a, b) in lora.terms.items()})
+    return Lora(lora.info, {key: term.to("meta") for key, term in lora.terms.items()})

@@ -46,6 +46,10 @@ class Segment:
     stop: int
     lora: Lora
 
+    def of(self, t: Tensor) -> Tensor:
+        """These rows of t [rows, ...]."""
+        return t if self.stop - self.start == len(t) else t[self.start : self.stop]
+
 
 def segments(rows: Sequence[Row]) -> tuple[Segment, ...]:
     """The runs of neighbouring rows that share an adapter; base rows are in none."""

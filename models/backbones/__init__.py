@@ -57,7 +57,8 @@ def load(
     """Load a model: a bundled name, a directory, or a hub id.
 
     `depth` loads only the first input blocks of a U-Net and their output blocks (depth-skip as a load option): what
-    lies deeper never reaches memory. `adapters` and `plans` add to those found beside the model, by name.
+    lies deeper never reaches memory, and students beside the model, distilled from all of it, stay where they are.
+    `adapters` and `plans` add to those found beside the model, by name.
     `compile` compiles the repeated blocks (torch.compile, any batch size); what differs by row stays out of the graphs.
     Raises `ModelLoadError` where the files are not a servable model.
     """
@@ -86,9 +87,8 @@ def load(
         pipeline.vae.to(torch.float32)
     extras = _extras(directory)
     digest = config_hash(config)
-    loras = {
-        n: load_lora(p, module, digest, n) for n, p in {**_found(directory, "adapters"), **(adapters or {})}.items()
-    }
+    students = {**(_found(directory, "adapters") if depth is None else {}), **(adapters or {})}
+    loras = {n: load_lora(p, module, digest, n) for n, p in students.items()}
     files = {**_found(directory, "plans", ".json"), **(plans or {})}
     spec = _spec(Path(name).name, layout, config, digest, network, pipeline, extras).with_extras(
         {n: lora.info for n, lora in loras.items()},

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from models.adapters import Source
 from models.backbones.window import window_attention
 from models.plan import RowMethod
 from models.rows import Row, Segment, segments
@@ -63,10 +65,13 @@ class RowAttention:
     ) -> Tensor:
         if rows is None:
             return self._plain(attn, hidden_states, encoder_hidden_states, attention_mask, ())
-        out: Tensor = self._by_row(attn, hidden_states, encoder_hidden_states, attention_mask, rows)
-        return out
+        by_row = self._outside_graphs if torch.compiler.is_compiling() else self._by_row
+        return by_row(attn, hidden_states, encoder_hidden_states, attention_mask, rows)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _outside_graphs(self, *arguments: Any) -> Tensor:
+        return self._by_row(*arguments)
+
     def _by_row(
         self, attn: Attention, x: Tensor, context: Tensor | None, mask: Tensor | None, rows: AttentionRows
     ) -> Tensor:
@@ -134,23 +139,31 @@ class RowAttention:
     def _project(
         self, attn: Attention, x: Tensor, context: Tensor, parts: tuple[Segment, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        query = self._linear(attn.to_q, "to_q", x, parts)
-        key = self._linear(attn.to_k, "to_k", context, parts)
-        value = self._linear(attn.to_v, "to_v", context, parts)
+        query, key, value = attn.to_q(x), attn.to_k(context), attn.to_v(context)
+        if parts:
+            outs = {"to_q": query, "to_k": key, "to_v": value}
+            self._adapt("hidden", x, outs, parts)
+            if context is not x:
+                self._adapt("context", context, outs, parts)
         heads = (attn.heads, query.shape[-1] // attn.heads)
         query, key, value = (t.view(*t.shape[:-1], *heads).transpose(1, 2) for t in (query, key, value))
         return query, key, value  # [rows, heads, tokens, dim]
 
     def _out(self, attn: Attention, core: Tensor, parts: tuple[Segment, ...]) -> Tensor:
-        return self._linear(attn.to_out[0], "to_out.0", core.transpose(1, 2).flatten(2), parts)
+        x = core.transpose(1, 2).flatten(2)
+        out: Tensor = attn.to_out[0](x)
+        self._adapt("core", x, {"to_out.0": out}, parts)
+        return out
 
-    def _linear(self, layer: nn.Module, name: str, x: Tensor, parts: tuple[Segment, ...]) -> Tensor:
-        y: Tensor = layer(x)
+    def _adapt(self, source: Source, x: Tensor, outs: Mapping[str, Tensor], parts: tuple[Segment, ...]) -> None:
+        """Add the adapters' terms of x to the projections that read it, in place."""
         for part in parts:
-            if (term := part.lora.terms.get((self.path, name))) is not None:
-                down, up = term  # [rank, in], [out, rank], scaled
-                y[part.start : part.stop] += F.linear(F.linear(x[part.start : part.stop], down), up)
-        return y
+            if (term := part.lora.terms.get((self.path, source))) is not None:
+                # Computed as [ranks, tokens]: kernels like few rows better than few columns.
+                inner = term.down.mm(part.of(x).flatten(0, 1).t()).t()
+                for (name, up), h in zip(term.ups, inner.split(term.ranks, dim=1), strict=True):
+                    out = part.of(outs[name]).view(-1, up.shape[1])
+                    torch.addmm(out, h, up, out=out)  # not addmm_, which flop counters do not know
 
 
 def _take(x: Tensor, where: Where) -> Tensor:

@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from app.loading import load_all
+from app.metrics import Metrics
+from app.pace import Pace
+from app.settings import Settings
 from models import Backbone, Request, generate, load
 from models.accelerators import DeepCache, DepthSkip
 from models.errors import ModelLoadError, OutOfRange, WrongBackbone
@@ -179,3 +183,10 @@ def test_a_backbone_does_not_change(backbone_of: Backbones) -> None:
     generate(backbone, [request("sd", acceleration=DeepCache(interval=2))])
     assert {name: dict(vars(child)) for name, child in module.named_modules()} == state
     assert [p._version for p in module.parameters()] == weights
+
+
+def test_a_server_may_load_a_model_in_part_without_its_students() -> None:
+    settings = Settings(model=("shapes-sd",), depth=("shapes-sd=3",), device="cpu", max_rows=2)
+    backbones, _ = load_all(settings, Metrics(), Pace())
+    assert backbones["shapes-sd"].spec.depth == 3
+    assert not backbones["shapes-sd"].loras

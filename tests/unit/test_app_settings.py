@@ -53,6 +53,8 @@ def test_files_are_by_model_and_name() -> None:
         (["--device", "tpu"], ["--device", "cuda"]),
         (["--dtype", "int4"], ["--dtype", "bfloat16"]),
         (["--adapter", "nope=/x"], ["adapter", "nope", "shapes-sd"]),
+        (["--depth", "shapes-sd=x"], ["depth", "shapes-sd=x", "BLOCKS a number from 1"]),
+        (["--depth", "shapes-sd=0"], ["depth", "BLOCKS a number from 1"]),
         (["--model", "a/x", "--model", "b/x"], ["model", "same name"]),
     ],
 )
