@@ -16,7 +16,7 @@ from models.training.dataset import Dataset
 from models.training.muon import split_optimizers
 from models.training.networks import noise_scheduler, predict
 from models.training.text import Encoded, TextEncoder
-from models.training.validation import validate
+from models.training.validation import GUIDANCE_SCALES, validate
 
 EMPTY_SHARE = 0.1
 LEARNING_RATE = 2e-3
@@ -65,6 +65,6 @@ class DenoiserTask:
         return F.mse_loss(predicted.float(), velocity.to(device))
 
     def preview(self, folder: Path, step: int) -> str:
-        result = validate(self.module, self._vae, self._text, count=64)
+        result = validate(self.module, self._vae, self._text, 64, GUIDANCE_SCALES[self.name])
         pictures.save_grid(result.pictures[:32], folder / f"{self.name}-{step:06d}.png")
         return str(result)

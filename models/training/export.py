@@ -18,7 +18,7 @@ from models.training import card
 from models.training.networks import noise_scheduler
 from models.training.shapes import COLOURS, RADII, RELATIONS, SHAPES, SIDE
 from models.training.text import TextEncoder
-from models.training.validation import GUIDANCE_SCALE, STEPS
+from models.training.validation import GUIDANCE_SCALES, STEPS
 
 EXAMPLES = (
     "a large red circle above a small blue square on a white background",
@@ -64,7 +64,7 @@ def _defaults(name: str) -> dict[str, Any]:
     thing, ending = "a {size} {colour} {shape}", "on a {colour} background"
     return {
         "description": f"One or two flat shapes on a plain background, {SIDE}x{SIDE} pixels",
-        "default_guidance_scale": GUIDANCE_SCALE,
+        "default_guidance_scale": GUIDANCE_SCALES[name],
         "default_num_inference_steps": STEPS,
         "native_width": SIDE,
         "native_height": SIDE,

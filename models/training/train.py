@@ -55,7 +55,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--start-from", type=Path, help="an exported model to train on, where there is no checkpoint")
     parser.add_argument("--scenes", type=int, default=SCENES, help="size of the training set")
     parser.add_argument("--captions", type=int, default=512, help="how many held-out captions to validate on")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, validation.GUIDANCE_SCALE])
+    parser.add_argument("--scales", type=float, nargs="+", help="default 1 and the model's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--threads", type=int)
@@ -125,7 +125,7 @@ def _denoiser(arguments: argparse.Namespace) -> None:
 def _validate(arguments: argparse.Namespace) -> None:
     vae, text, network = _parts(arguments, trained=True)
     rates: dict[str, dict[str, float]] = {}
-    for scale in arguments.scales:
+    for scale in arguments.scales or (1.0, validation.GUIDANCE_SCALES[arguments.model]):
         with _autocast(arguments):
             result = validation.validate(network, vae, text, arguments.captions, scale)
         rates[str(scale)] = result.rates()
