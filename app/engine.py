@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,8 @@ Loaded = tuple[Mapping[str, Backbone], Mapping[str, int]]
 """The backbones by name, and each one's cap of rows a tick."""
 
 RETRY_LOADING = 5
+PREDICTION_SECONDS = 0.5
+"""How long a prediction for those who are refused is good for."""
 
 
 class Engine:
@@ -49,6 +52,7 @@ class Engine:
         self._gone: list[Job] = []
         self._waiting: dict[Job, None] = {}
         self._running: dict[Job, None] = {}
+        self._predicted = (-math.inf, 0.0)
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         metrics.capacity.set(settings.max_queue)
         metrics.waiting.set_function(lambda: len(self._waiting))
@@ -91,16 +95,23 @@ class Engine:
         with self._lock:
             self.check()
             if len(self._waiting) >= self._settings.max_queue:
-                work = [(other.model, other.rows_left) for other in (*self._running, *self._waiting)]
                 raise QueueFull(
                     f"{len(self._waiting)} requests are waiting already",
-                    retry_after=retry_after(self.pace.predict(work)),
+                    retry_after=retry_after(self._seconds_left()),
                 )
             job.timing.submitted = self.clock()
             job.post(Queued(len(self._waiting)))
             self._waiting[job] = None
             self._inbox.append(job)
             self._lock.notify()
+
+    def _seconds_left(self) -> float:
+        """Until all that was accepted is done. Asked under the lock: a flood of refusals counts only now and then."""
+        now = self.clock()
+        if now - self._predicted[0] > PREDICTION_SECONDS:
+            work = [(job.model, job.rows_left) for job in (*self._running, *self._waiting)]
+            self._predicted = (now, self.pace.predict(work))
+        return self._predicted[1]
 
     def cancel(self, job: Job) -> None:
         """Take a job out at the next tick. Nobody waits for it any more; one that has ended is left alone."""

@@ -7,6 +7,7 @@ arXiv:2503.07274), and costs nothing extra: the teacher's guided prediction is t
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,7 @@ class Batch(NamedTuple):
     unconditional: Conditioning
 
 
-class Source(nn.Module):
+class Source(nn.Module, ABC):
     """Batches to distil on. Its buffers are what a resumed run must find again."""
 
     def __init__(self, backbone: Backbone, num_inference_steps: int) -> None:
@@ -47,9 +48,9 @@ class Source(nn.Module):
         schedule = noise_schedule("ddim", backbone.scheduler_config, num_inference_steps)
         self.scheduler, self.timesteps = schedule.scheduler, [int(t) for t in schedule.timesteps]
 
+    @abstractmethod
     def batch(self, generator: torch.Generator) -> Batch:
         """The next batch; `generator` (CPU) is the only source of chance."""
-        raise NotImplementedError
 
     def advance(self, guided: Tensor) -> None:
         """Take note of the teacher's guided prediction for the last batch."""
