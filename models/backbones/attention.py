@@ -159,9 +159,8 @@ class RowAttention:
         """Add the adapters' terms of x to the projections that read it, in place."""
         for part in parts:
             if (term := part.lora.terms.get((self.path, source))) is not None:
-                # Computed as [ranks, tokens]: kernels like few rows better than few columns.
-                inner = term.down.mm(part.of(x).flatten(0, 1).t()).t()
-                for (name, up), h in zip(term.ups, inner.split(term.ranks, dim=1), strict=True):
+                inner = F.linear(part.of(x), term.down).flatten(0, 1)  # [tokens, ranks]
+                for (name, up), h in zip(term.ups, inner.split_with_sizes(term.ranks, dim=1), strict=True):
                     out = part.of(outs[name]).view(-1, up.shape[1])
                     torch.addmm(out, h, up, out=out)  # not addmm_, which flop counters do not know
 

@@ -106,6 +106,31 @@ def test_two_adapters_in_one_batch(pipeline_of: Pipelines, pipeline_dir: Directo
         assert distance(result.latents, drawn(reference)) <= 1e-5
 
 
+@pytest.mark.parametrize("layout", ["sd", "pixart-alpha"])
+def test_adapters_on_some_projections_beside_one_on_all(
+    layout: str, pipeline_of: Pipelines, pipeline_dir: Directories, tmp_path: Path
+) -> None:
+    """Alone, and in one batch with base rows."""
+    pipeline = pipeline_of(layout)
+    full = save_adapter(network_of(pipeline), tmp_path / "full", guidance_scale=4)
+    adapters = {"full": full}
+    for targets in (("to_q",), ("to_v",), ("attn2.to_k", "to_out.0")):
+        name = targets[-1]
+        weights = {k: v for k, v in load_file(full / WEIGHT_NAME).items() if any(f".{t}." in k for t in targets)}
+        adapters[name] = tmp_path / name
+        adapters[name].mkdir()
+        save_file(weights, adapters[name] / WEIGHT_NAME, {"format": "pt", "guidance_scale": "4"})
+    backbone = load(str(pipeline_dir(layout)), device="cpu", dtype="float32", adapters=adapters)
+    requests = [student(backbone, acceleration=CfgStudent(adapter=name)) for name in adapters]
+    *together, plain = generate(backbone, [*requests, base()])
+    expected = [drawn(with_adapter(pipeline, adapter)) for adapter in adapters.values()]
+    for request, result, reference in zip(requests, together, expected, strict=True):
+        assert distance(result.latents, reference) <= 1e-5
+        assert distance(generate(backbone, [request])[0].latents, reference) <= 1e-5
+        assert distance(reference, drawn(pipeline)) > 1e-3
+    assert distance(plain.latents, drawn(pipeline)) <= 1e-5
+
+
 def test_an_exception_leaves_nothing_behind(student_of: Backbones) -> None:
     backbone = student_of("sd")
     weights = {k: v.clone() for k, v in backbone.network.module.state_dict().items()}
