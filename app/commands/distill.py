@@ -30,7 +30,8 @@ def distill(
     data: Annotated[
         str,
         typer.Option(
-            help="'trajectories' of the teacher, noised 'shapes', or a directory of pictures with .txt captions."
+            help="'trajectories' of the teacher, the student's 'own', noised 'shapes', or a directory of pictures with "
+            ".txt captions."
         ),
     ] = "trajectories",
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one a line, for trajectories.")] = None,

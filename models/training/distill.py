@@ -28,11 +28,12 @@ from models.training.student_data import (
 from models.training.student_task import DistillTask
 
 RENDERED_PICTURES = 4096
+TRAJECTORIES = ("trajectories", "own")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is distilled and how. `data` is "trajectories", "shapes" (rendered scenes, noised) or a directory."""
+    """What is distilled and how. `data` is "trajectories", "own", "shapes" (rendered scenes, noised) or a directory."""
 
     model: str
     guidance_scale: float
@@ -70,10 +71,10 @@ def distill(
 ) -> Path:
     """Train a single-pass student of `model` (name, directory or hub id) and return its LoRA file in `output`.
 
-    `data` is "trajectories" (the teacher's own guided DDIM runs of `num_inference_steps`, prompts only), "shapes"
-    (noised rendered scenes), or a directory of pictures with captions, noised. Where `prompts` are empty, a model of
-    the shapes world gets its captions. An interrupted run goes on where it was; a finished one returns at once.
-    `relative` and `muon` are `DistillTask`'s.
+    `data` is "trajectories" (the teacher's guided DDIM runs of `num_inference_steps`, prompts only), "own" (the same by
+    the student itself), "shapes" (noised rendered scenes), or a directory of pictures with captions, noised. Where
+    `prompts` are empty, a model of the shapes world gets its captions. An interrupted run goes on where it was; a
+    finished one returns at once. `relative` and `muon` are `DistillTask`'s.
     Weights are float32; `precision` "bfloat16" takes products in less ("auto": where the hardware is made for it).
     Raises `RequestError` for settings that cannot be distilled or that differ from the interrupted run's.
     """
@@ -140,14 +141,15 @@ def metadata(settings: Settings) -> dict[str, Any]:
         "relative": settings.relative,
         "muon": settings.muon,
         "num_inference_steps": settings.num_inference_steps,
-        "data": "trajectories" if settings.data == "trajectories" else "noised",
+        "data": settings.data if settings.data in TRAJECTORIES else "noised",
     }
 
 
 def _source(backbone: Backbone, settings: Settings, prompts: Sequence[str]) -> Source:
     steps, rows = settings.num_inference_steps, settings.batch
-    if settings.data == "trajectories":
-        return Trajectories(backbone, steps, _prompts(backbone, prompts, settings.seed), rows, settings.seed)
+    if settings.data in TRAJECTORIES:
+        lines = _prompts(backbone, prompts, settings.seed)
+        return Trajectories(backbone, steps, lines, rows, settings.seed, own=settings.data == "own")
     shapes = settings.data == "shapes"
     pictures = shape_pictures(RENDERED_PICTURES, settings.seed) if shapes else read_pictures(Path(settings.data))
     return Noised(backbone, steps, pictures, rows)

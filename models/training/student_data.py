@@ -1,6 +1,6 @@
 """Where a student learns: along the teacher's own guided trajectories (prompts only), or on noised pictures.
 
-Training on the teacher's trajectories fixes the mismatch between training and inference (adapter guidance distillation,
+Training on trajectories fixes the mismatch between training and inference (adapter guidance distillation,
 arXiv:2503.07274), and costs nothing extra: the teacher's guided prediction is the target and takes the step as well.
 """
 
@@ -52,8 +52,8 @@ class Source(nn.Module, ABC):
     def batch(self, generator: torch.Generator) -> Batch:
         """The next batch; `generator` (CPU) is the only source of chance."""
 
-    def advance(self, guided: Tensor) -> None:
-        """Take note of the teacher's guided prediction for the last batch."""
+    def advance(self, guided: Tensor, student: Tensor) -> None:
+        """Take note of the teacher's guided prediction, and of the student's, for the last batch."""
 
     def _batch(self, x: Tensor, times: Sequence[int], prompts: Sequence[str]) -> Batch:
         backbone = self._backbone
@@ -67,17 +67,28 @@ class Source(nn.Module, ABC):
 
 
 class Trajectories(Source):
-    """`rows` guided DDIM trajectories in flight, spread over the steps; a finished one makes room for a new prompt."""
+    """`rows` DDIM trajectories in flight, spread over the steps; a finished one makes room for a new prompt.
+
+    They follow the teacher's guided predictions, or with `own` the student's: then it learns where it goes itself, and
+    what to mend there (on-policy distillation, arXiv:2306.13649).
+    """
 
     latents: Tensor
     step: Tensor
     prompt: Tensor
 
     def __init__(
-        self, backbone: Backbone, num_inference_steps: int, prompts: Prompts, rows: int, seed: int = 0
+        self,
+        backbone: Backbone,
+        num_inference_steps: int,
+        prompts: Prompts,
+        rows: int,
+        seed: int = 0,
+        *,
+        own: bool = False,
     ) -> None:
         super().__init__(backbone, num_inference_steps)
-        self._prompts, self._seed = prompts, seed
+        self._prompts, self._seed, self._own = prompts, seed, own
         spec = backbone.spec
         size = (spec.native_height // spec.latent_scale, spec.native_width // spec.latent_scale)
         self.register_buffer("latents", torch.zeros(rows, spec.latent_channels, *size, device=backbone.device))
@@ -97,22 +108,22 @@ class Trajectories(Source):
         """All rows where they stand."""
         return self._now()
 
-    def advance(self, guided: Tensor) -> None:
-        """One DDIM step of every row along the teacher's prediction [rows, channels, h, w]."""
-        self._advance(guided, [True] * len(self.step))
+    def advance(self, guided: Tensor, student: Tensor) -> None:
+        """One DDIM step of every row along the prediction [rows, channels, h, w] that it follows."""
+        self._advance(student if self._own else guided, [True] * len(self.step))
 
     def _now(self) -> Batch:
         times = [self.timesteps[step] for step in self.step.tolist()]
         return self._batch(self.latents.clone(), times, [self._prompts(n) for n in self.prompt.tolist()])
 
     @torch.no_grad()
-    def _advance(self, guided: Tensor, moving: Sequence[bool]) -> None:
+    def _advance(self, prediction: Tensor, moving: Sequence[bool]) -> None:
         for row, (moves, step) in enumerate(zip(moving, self.step.tolist(), strict=True)):
             if not moves:
                 continue
             here = slice(row, row + 1)
             self.latents[here] = self.scheduler.step(
-                guided[here].float(), self.timesteps[step], self.latents[here], return_dict=False
+                prediction[here].float(), self.timesteps[step], self.latents[here], return_dict=False
             )[0]
             self.step[row] += 1
             if step + 1 == len(self.timesteps):

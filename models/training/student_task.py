@@ -43,9 +43,10 @@ class DistillTask:
     def loss(self, generator: torch.Generator) -> Tensor:
         batch = self._source.batch(generator)
         target, conditional = self._pair.teacher(*batch)
-        error = _squared(self._pair.student(batch.x, batch.t, batch.conditional), target)
+        predicted = self._pair.student(batch.x, batch.t, batch.conditional)
+        error = _squared(predicted, target)
         bare = _squared(conditional, target)
-        self._source.advance(target)
+        self._source.advance(target, predicted.detach())
         now = torch.stack([error.detach().mean(), bare.mean()])
         self._error = now if self._error is None else self._error.lerp(now, 0.05)
         return (error / bare.clamp(min=LEAST_EFFECT) if self._relative else error).mean()

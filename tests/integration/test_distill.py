@@ -96,11 +96,11 @@ def test_the_student_learns(layout: str, pipeline_dir: Callable[[str], Path]) ->
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
 
-@pytest.mark.parametrize("data", ["trajectories", "folder"])
+@pytest.mark.parametrize("data", ["trajectories", "own", "folder"])
 def test_an_interrupted_run_ends_in_the_same_weights(
     data: str, pipeline_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**OPTIONS, "ema_decay": 0.5, "data": data if data == "trajectories" else _pictures(tmp_path / "data")}
+    options = {**OPTIONS, "ema_decay": 0.5, "data": _pictures(tmp_path / "data") if data == "folder" else data}
     whole = load_file(distill(pipeline_dir("sd"), tmp_path / "whole", **options))
     calls, learn = 0, DistillTask.loss
 
@@ -118,6 +118,18 @@ def test_an_interrupted_run_ends_in_the_same_weights(
     assert calls == 7
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_trajectories_follow_the_teacher_or_the_student(own: bool, pipeline_dir: Callable[[str], Path]) -> None:
+    backbone = load(str(pipeline_dir("sd")), device="cpu", dtype="float32", adapters={})
+    source = Trajectories(backbone, 4, lambda number: PROMPTS[number % 3], 2, own=own)
+    before = source.batch(torch.Generator()).x
+    guided, student = torch.zeros_like(before), torch.ones_like(before)
+    expected = source.scheduler.step(student if own else guided, source.timesteps[0], before).prev_sample
+    source.advance(guided, student)
+    assert torch.equal(source.batch(torch.Generator()).x, expected)
+    assert source.step.tolist() == [1, 1]
 
 
 def test_resuming_with_other_settings_is_refused(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
