@@ -50,7 +50,7 @@ def test_diffusers_reads_the_file_and_draws_the_same(
     theirs = _diffusers(layout, pipeline_dir(layout), tmp_path)(
         PROMPTS[0], guidance_scale=1.0, output_type="latent", height=32, width=32, **common
     ).images
-    assert torch.equal(ours, theirs)
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-4)  # ours multiplies the low ranks of q, k and v together
     assert (ours - bare).abs().max() > 0.01
 
 
