@@ -22,7 +22,7 @@ ANSWER_SECONDS = 10
 
 
 class Server(uvicorn.Server):
-    """Drains on the first SIGTERM or SIGINT, stops at once on the second. Ends where the engine cannot load."""
+    """Drains on the first SIGTERM or SIGINT, stops at once on the second. Ends where the engine is dead."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         config = uvicorn.Config(
@@ -35,10 +35,11 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=ANSWER_SECONDS,
         )
         super().__init__(config)
-        self._engine: Engine = app.state.engine
+        self.engine: Engine = app.state.engine
         self._settings = settings
         self._draining_since: float | None = None
         self._announced = False
+        self.exit_code = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: the first one drains."""
@@ -46,21 +47,22 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self._draining_since = time.monotonic()
-        # Not self._engine.drain() here: a signal may come while this very thread holds the engine's lock.
+        # Not self.engine.drain() here: a signal may come while this very thread holds the engine's lock.
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to stop."""
-        if not self._announced and self._engine.ready:
+        if not self._announced and self.engine.ready:
             self._announce()
-        if self._engine.failure is not None and not self._engine.backbones:
+        if self.engine.state == "dead":  # everybody has been told; whoever supervises the process starts another
+            self.exit_code = 1
             return True
         if self._draining_since is not None:
-            self._engine.drain()
+            self.engine.drain()
             late = time.monotonic() - self._draining_since > self._settings.drain_seconds
-            if late or not self._engine.jobs:
-                if late and self._engine.jobs:
-                    SERVER.warning("%d requests are cut off: drain_seconds have passed", self._engine.jobs)
-                    await asyncio.to_thread(self._engine.close, 1.0)
+            if late or not self.engine.jobs:
+                if late and self.engine.jobs:
+                    SERVER.warning("%d requests are cut off: drain_seconds have passed", self.engine.jobs)
+                    await asyncio.to_thread(self.engine.close, 1.0)
                 return True
         return await super().on_tick(counter)
 
@@ -68,21 +70,22 @@ class Server(uvicorn.Server):
         """Listen, then say where."""
         await super().startup(sockets)  # type: ignore[arg-type]
         if self.started:
-            SERVER.info("listening on %s, loading %s", self._address, ", ".join(self._settings.model))
+            SERVER.info("listening on %s, loading %s", self.address, ", ".join(self._settings.model))
 
     @property
-    def _address(self) -> str:
+    def address(self) -> str:
+        """Where it listens."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def _announce(self) -> None:
         self._announced = True
-        names = ", ".join(f"{name} on {b.device}" for name, b in self._engine.backbones.items())
-        SERVER.info("ready: %s; playground at %s/, API at %s/docs", names, self._address, self._address)
+        names = ", ".join(f"{name} on {b.device}" for name, b in self.engine.backbones.items())
+        SERVER.info("ready: %s; playground at %s/, API at %s/docs", names, self.address, self.address)
 
 
 def serve(settings: Settings) -> int:
-    """Serve until a signal comes; the process's exit code: 0 after a drain, 1 where no model could be loaded."""
+    """Serve until a signal comes; the exit code: 0 after a drain, 1 where the engine could not load or died."""
     configure(settings)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
@@ -96,4 +99,4 @@ def serve(settings: Settings) -> int:
     failure = app.state.engine.failure
     if failure is not None:
         SERVER.error("%s", failure)
-    return 0 if failure is None and server.started else 1
+    return server.exit_code if server.started else 1

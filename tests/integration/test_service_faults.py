@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from app import worker
 from app.logs import configure
 from app.main import create_app
+from app.serve import Server
 from app.settings import Settings
 from models import Backbone
 from models.generate import decode
@@ -129,6 +132,25 @@ async def test_a_dead_engine_turns_readiness_red_and_answers_everyone(
         assert (await served.post()).status_code == 503
         assert served.value("ready") == 0
         assert isinstance(served.engine.failure, LookupError)
+
+
+def test_a_dead_engine_ends_the_server_after_its_answers(student_of: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(port=0, model=("sd",), max_rows=2, torch_threads=1)
+    server = Server(create_app(settings, {"sd": student_of("sd")}), settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started or not server.engine.ready:
+        time.sleep(0.02)
+
+    def die(self: object, lanes: object) -> None:
+        raise LookupError("a bug")
+
+    monkeypatch.setattr(worker.Worker, "_after", die)
+    answer = httpx.post(f"{server.address}/generate", json={"prompt": "a star", "num_inference_steps": 2})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
+    thread.join(30)
+    assert not thread.is_alive()
+    assert server.exit_code == 1
 
 
 @aio
