@@ -73,8 +73,9 @@ def distill(
 
     `data` is "trajectories" (the teacher's guided DDIM runs of `num_inference_steps`, prompts only), "own" (the same by
     the student itself), "shapes" (noised rendered scenes), or a directory of pictures with captions, noised. Where
-    `prompts` are empty, a model of the shapes world gets its captions. An interrupted run goes on where it was; a
-    finished one returns at once. `relative` and `muon` are `DistillTask`'s.
+    `prompts` are empty, a model of the shapes world gets its captions. An interrupted run goes on where it was, and so
+    does a finished one that is given more `steps`, or its "own" way after the teacher's "trajectories".
+    `relative` and `muon` are `DistillTask`'s.
     Weights are float32; `precision` "bfloat16" takes products in less ("auto": where the hardware is made for it).
     Raises `RequestError` for settings that cannot be distilled or that differ from the interrupted run's.
     """
@@ -164,16 +165,16 @@ def _prompts(backbone: Backbone, prompts: Sequence[str], seed: int) -> Prompts:
 
 
 def _remember(folder: Path, settings: Settings) -> None:
-    """Write the settings of a new run; hold those of an interrupted one against them."""
-    file = folder / "settings.json"
+    """Write the settings; hold those of an interrupted run against them. It may go on longer, or on its own path."""
+    file, now = folder / "settings.json", asdict(settings)
     if file.is_file():
-        before, now = json.loads(file.read_text()), asdict(settings)
-        for name in now:
+        before = json.loads(file.read_text())
+        free = {"steps"} | ({"data"} if {settings.data, before["data"]} <= set(TRAJECTORIES) else set())
+        for name in now.keys() - free:
             if before.get(name) != now[name]:
                 raise RequestError(name, f"{now[name]} differs from {before.get(name)} of the run in {folder}")
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    file.write_text(json.dumps(now, indent=2) + "\n")
 
 
 __all__ = ["DistillTask", "Settings", "distill"]

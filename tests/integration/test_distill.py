@@ -132,6 +132,15 @@ def test_trajectories_follow_the_teacher_or_the_student(own: bool, pipeline_dir:
     assert source.step.tolist() == [1, 1]
 
 
+def test_a_finished_run_goes_on_its_own_way(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    first = load_file(distill(pipeline_dir("sd"), tmp_path, **OPTIONS))
+    file = distill(pipeline_dir("sd"), tmp_path, **{**OPTIONS, "steps": 8, "data": "own"})
+    second = load_file(file)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    with safe_open(file, "pt") as opened:
+        assert (opened.metadata()["steps"], opened.metadata()["data"]) == ("8", "own")
+
+
 def test_resuming_with_other_settings_is_refused(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
     distill(pipeline_dir("sd"), tmp_path, **{**OPTIONS, "steps": 1})
     with pytest.raises(RequestError, match="rank: 4 differs from 2"):
