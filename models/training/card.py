@@ -32,7 +32,7 @@ text encoder (to say what stands where, with heads that are thrown away) and the
 denoiser predicts velocity on Stable Diffusion's betas rescaled to zero terminal SNR, with trailing timesteps; a tenth
 of the captions is empty, and {false:.0%} make one false claim, as captions found in the world do.
 Muon on the matrices, AdamW on the rest, moving average of the weights.
-This one: {steps} steps of {batch} captions from {scenes} scenes, {minutes:.0f} minutes on {hardware}.
+This one: {steps} steps of {batch} captions from {scenes} scenes, {minutes:.0f} minutes on {hardware}.{before}
 A tenth of all combinations, chosen by a hash of the caption, was never shown.
 
 ## Measured
@@ -49,6 +49,8 @@ def text(name: str, description: str, parts: dict[str, int], figures: dict[str, 
     """The card as Markdown. `parts` gives each network's parameter count; `figures` is what `validate` wrote."""
     rows = [_row(scale, rates) for scale, rates in figures["rates"].items()]
     facts = {key: value for key, value in figures.items() if key != "rates"}
+    earlier = "\nThe first {steps} steps saw {scenes} scenes, {false:.0%} of their captions false."
+    facts["before"] = earlier.format(**figures["before"]) if "before" in figures else ""
     return _TEXT.format(
         name=name,
         description=description,

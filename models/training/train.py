@@ -94,6 +94,7 @@ def _start(arguments: argparse.Namespace) -> None:
     figures = json.loads((start / "training.json").read_text())
     state = {"step": figures["steps"], "seconds": 60 * figures["minutes"]}
     checkpoint.save(path, network, network.state_dict(), [], state)
+    _before_path(arguments).write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def _vae(arguments: argparse.Namespace) -> None:
@@ -141,6 +142,9 @@ def _validate(arguments: argparse.Namespace) -> None:
         "false": arguments.false,
         "hardware": _hardware(arguments.device),
     }
+    if _before_path(arguments).exists():
+        before = json.loads(_before_path(arguments).read_text())
+        figures["before"] = {name: before[name] for name in ("steps", "scenes", "false")}
     _figures_path(arguments).write_text(json.dumps(figures, indent=2) + "\n")
 
 
@@ -150,6 +154,12 @@ def _hardware(device: str) -> str:
 
 def _figures_path(arguments: argparse.Namespace) -> Path:
     path: Path = arguments.folder / f"{arguments.model}-figures.json"
+    return path
+
+
+def _before_path(arguments: argparse.Namespace) -> Path:
+    """What the exported model said of itself from which this training goes on."""
+    path: Path = arguments.folder / f"{arguments.model}-before.json"
     return path
 
 

@@ -90,6 +90,7 @@ def test_an_export_is_trained_on(trained: Path, tmp_path: Path, monkeypatch: pyt
     )
     state = checkpoint.read_state(tmp_path / "shapes-dit.safetensors")
     assert state["step"] == 6
+    assert json.loads((tmp_path / "shapes-dit-before.json").read_text())["steps"] == 4
     assert state["seconds"] > 60 * json.loads((start / "training.json").read_text())["minutes"]
 
 
