@@ -60,7 +60,7 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 2**16)]
 EXAMPLE: dict[str, Any] = {
     "prompt": "a large red circle above a small blue square on a white background",
     "num_inference_steps": 25,
-    "guidance_scale": 4.0,
+    "guidance_scale": 2.0,
     "seed": 7,
     "acceleration": {"mode": "deepcache", "interval": 3},
 }
