@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import openai
 import pytest
+import torch
 from PIL import Image
 
 from models import Backbone, Request, generate
@@ -28,6 +29,17 @@ def picture(size: tuple[int, int] = (40, 24), kind: str = "PNG") -> bytes:
     out = io.BytesIO()
     Image.linear_gradient("L").resize(size).convert("RGB").save(out, kind)
     return out.getvalue()
+
+
+@aio
+async def test_clerks_compute_alone(student_of: Student) -> None:
+    """A second team of OpenMP threads in the process would double the time of every step on the engine's."""
+    async with serving({"sd": student_of("sd")}) as served:
+        torch.set_num_threads(2)
+        try:
+            assert await served.app.state.service.clerk(torch.get_num_threads) == 1
+        finally:
+            torch.set_num_threads(1)
 
 
 @aio
