@@ -46,8 +46,8 @@ def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
     began = time.monotonic()
     short = Path(name).name
     device, dtype = find_device(settings.device), settings.dtype
-    if dtype == "auto" and fast_bfloat16(device):
-        dtype = "bfloat16"
+    if dtype == "auto":
+        dtype = "bfloat16" if fast_bfloat16(device) else "float32"
     backbone = models.load(
         name,
         device=device,

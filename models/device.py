@@ -57,7 +57,7 @@ def find_device(name: str | torch.device) -> torch.device:
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether the hardware itself multiplies bfloat16: then it is faster than float32."""
     cuda = device.type == "cuda"
-    return torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
+    return torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
 
 
 def keep_freed_memory() -> None:

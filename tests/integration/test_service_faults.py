@@ -137,9 +137,11 @@ async def test_a_dead_engine_turns_readiness_red_and_answers_everyone(
 def test_a_dead_engine_ends_the_server_after_its_answers(student_of: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(port=0, model=("sd",), max_rows=2, torch_threads=1)
     server = Server(create_app(settings, {"sd": student_of("sd")}), settings)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
+    deadline = time.monotonic() + 60
     while not server.started or not server.engine.ready:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
     def die(self: object, lanes: object) -> None:
