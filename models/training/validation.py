@@ -47,8 +47,8 @@ def validate(
     network: nn.Module,
     vae: AutoencoderKL,
     text: TextEncoder,
-    count: int = 512,
-    guidance_scale: float = 4.0,
+    count: int,
+    guidance_scale: float,
     batch: int = 64,
 ) -> Result:
     """Draw `count` held-out captions, one seed each, and check the pictures."""
