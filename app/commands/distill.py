@@ -34,6 +34,7 @@ def distill(
             ".txt captions."
         ),
     ] = "trajectories",
+    start_from: Annotated[Path | None, typer.Option(help="A student's file to train on.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one a line, for trajectories.")] = None,
     num_inference_steps: Annotated[
         int | None, typer.Option(min=1, help="DDIM steps of a trajectory; default the model's.")
@@ -62,6 +63,7 @@ def distill(
             relative=relative,
             muon=muon,
             data=data,
+            start_from=start_from,
             prompts=[line.strip() for line in lines if line.strip()],
             num_inference_steps=num_inference_steps,
             ema_decay=ema_decay,

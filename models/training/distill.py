@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from models.backbones import load
 from models.backbones.base import Backbone
@@ -61,6 +62,7 @@ def distill(
     relative: bool = False,
     muon: bool = False,
     data: str | Path = "trajectories",
+    start_from: Path | None = None,
     prompts: Sequence[str] = (),
     num_inference_steps: int | None = None,
     ema_decay: float = 0.0,
@@ -105,8 +107,12 @@ def distill(
     _remember(folder, settings)
     pair = Pair(backbone.network.module, scale, rank, seed)
     source = _source(backbone, settings, prompts)
-    if isinstance(source, Trajectories) and not (folder / "student.safetensors").exists():
-        source.spread(lambda one: pair.teacher(*one)[0])
+    if not (folder / "student.safetensors").exists():
+        if start_from is not None:
+            _check(start_from, settings)
+            pair.load(start_from)
+        if isinstance(source, Trajectories):
+            source.spread(lambda one: pair.teacher(*one)[0])
     options = Options(
         folder=folder,
         steps=steps,
@@ -128,6 +134,19 @@ def _fast(precision: str, backbone: Backbone) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     return fast_bfloat16(backbone.device)
+
+
+def _check(file: Path, settings: Settings) -> None:
+    """A student can be trained on where it was made for the same: a `RequestError` says what differs."""
+    try:
+        with safe_open(file, "pt") as opened:
+            before: dict[str, str] = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise RequestError("start_from", f"{file} is no safetensors file: {error}") from error
+    now = metadata(settings)
+    for name in ("config_hash", "guidance_scale", "rank"):
+        if before.get(name) != str(now[name]):
+            raise RequestError("start_from", f"{file} has {name} {before.get(name)}, not {now[name]}")
 
 
 def metadata(settings: Settings) -> dict[str, Any]:

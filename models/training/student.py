@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.adapters import TARGETS, WEIGHT_NAME
@@ -62,6 +62,11 @@ class Pair:
         finally:
             for layer in self._layers:
                 layer.enable_adapters(True)
+
+    def load(self, file: Path) -> None:
+        """Take the weights of a file that `save` wrote for an adapter of the same rank."""
+        weights = {name.split(".", 1)[1]: value for name, value in load_file(file).items()}
+        set_peft_model_state_dict(self.network, convert_all_state_dict_to_peft(weights))
 
     def save(self, folder: Path, metadata: Mapping[str, object]) -> Path:
         """Write the adapter as a standard LoRA file in half precision: what diffusers' own loaders read."""

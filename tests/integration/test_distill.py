@@ -141,6 +141,28 @@ def test_a_finished_run_goes_on_its_own_way(pipeline_dir: Callable[[str], Path],
         assert (opened.metadata()["steps"], opened.metadata()["data"]) == ("8", "own")
 
 
+@pytest.mark.parametrize("layout", ["sd", "pixart-alpha"])
+def test_a_student_is_trained_on_from_its_file(
+    layout: str, pipeline_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    first = distill(pipeline_dir(layout), tmp_path / "first", **OPTIONS)
+    tiny = {**OPTIONS, "steps": 1, "learning_rate": 1e-9}
+    anew = load_file(distill(pipeline_dir(layout), tmp_path / "anew", **tiny))
+    on = load_file(distill(pipeline_dir(layout), tmp_path / "on", **tiny, start_from=first))
+    before = load_file(first)
+    assert all(torch.allclose(on[name], before[name], atol=1e-6) for name in before)
+    assert any(not torch.allclose(anew[name], before[name], atol=1e-3) for name in before)
+
+
+def test_training_on_needs_the_same_student(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    first = distill(pipeline_dir("sd"), tmp_path / "first", **{**OPTIONS, "steps": 1})
+    for name, value in (("rank", 4), ("guidance_scale", 5.0)):
+        with pytest.raises(RequestError, match=f"start_from: .* has {name}"):
+            distill(pipeline_dir("sd"), tmp_path / name, **{**OPTIONS, name: value}, start_from=first)
+    with pytest.raises(RequestError, match=r"start_from: .* is no safetensors file"):
+        distill(pipeline_dir("sd"), tmp_path / "none", **OPTIONS, start_from=tmp_path / "none.safetensors")
+
+
 def test_resuming_with_other_settings_is_refused(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
     distill(pipeline_dir("sd"), tmp_path, **{**OPTIONS, "steps": 1})
     with pytest.raises(RequestError, match="rank: 4 differs from 2"):
