@@ -33,7 +33,7 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Weights and arithmetic; auto: bfloat16 where the device multiplies it, else float32."
+        "auto", description="Weights and arithmetic; auto: bfloat16 where that is faster, else float32."
     )
     compile: bool = Field(False, description="Compile the network's repeated blocks with torch.compile.")
     torch_threads: int = Field(0, ge=0, le=1024, description="CPU threads of an operator; 0 lets torch choose.")

@@ -1,0 +1,40 @@
+"""The precision that `auto` stands for is the one that is faster on this processor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from models import device
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def unmeasured() -> Iterator[None]:
+    device._matmul_ratio.cache_clear()
+    yield
+    device._matmul_ratio.cache_clear()
+
+
+@pytest.mark.parametrize(("slower", "expected"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_the_faster_precision_is_found(slower: torch.dtype, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> None:
+        nonlocal now
+        now += 2.0 if x.dtype == slower else 1.0
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    assert device.fast_bfloat16(CPU) is expected
+
+
+def test_a_processor_without_the_instructions_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(device, "_matmul_ratio", lambda: pytest.fail("measured"))
+    assert not device.fast_bfloat16(CPU)
