@@ -144,7 +144,7 @@ def _check(file: Path, settings: Settings) -> None:
     except (OSError, SafetensorError) as error:
         raise RequestError("start_from", f"{file} is no safetensors file: {error}") from error
     now = metadata(settings)
-    for name in ("config_hash", "guidance_scale", "rank"):
+    for name in ("config_hash", "rank"):
         if before.get(name) != str(now[name]):
             raise RequestError("start_from", f"{file} has {name} {before.get(name)}, not {now[name]}")
 
