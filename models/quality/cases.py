@@ -17,11 +17,11 @@ from models.accelerators import (
 from models.backbones.base import Backbone
 from models.macs import Usage, usage
 from models.plan import StepPlan
-from models.request import Request
+from models.request import Request, Run
 from models.resolve import resolve
 from models.spec import ModelSpec
 
-Kind = Literal["baseline", "unguided", "accelerated", "same_macs", "zeros", "full_steps"]
+Kind = Literal["baseline", "unguided", "teacher", "accelerated", "same_macs", "zeros", "full_steps"]
 Acceleration = Sequence[Accelerator]
 
 
@@ -66,9 +66,8 @@ def cases(backbone: Backbone, accelerations: Sequence[Acceleration], num_inferen
     for acceleration in accelerations:
         case = replace(plain, label=label(acceleration), kind="accelerated", accelerators=tuple(acceleration))
         found += [case, _same_macs(backbone, plain, case)]
-        student = any(isinstance(accelerator, CfgStudent) for accelerator in acceleration)
-        if student and not any(one.kind == "unguided" for one in found):
-            found.append(replace(plain, label="no guidance", kind="unguided", guidance_scale=1.0, of=case.label))
+        if any(isinstance(accelerator, CfgStudent) for accelerator in acceleration):
+            found += [one for one in _guidance(backbone, plain, case) if one.label not in {old.label for old in found}]
         for accelerator in acceleration:
             if isinstance(accelerator, DeepCache):
                 found += _deepcache(case, accelerator)
@@ -77,7 +76,11 @@ def cases(backbone: Backbone, accelerations: Sequence[Acceleration], num_inferen
 
 def cost(backbone: Backbone, case: Case) -> Usage:
     """Steps, rows and MACs of one picture, without making it."""
-    return usage(backbone, resolve(backbone.spec, backbone.scheduler_config, case.request(_any_prompt(backbone), 0)))
+    return usage(backbone, _resolve(backbone, case))
+
+
+def _resolve(backbone: Backbone, case: Case) -> Run:
+    return resolve(backbone.spec, backbone.scheduler_config, case.request(_any_prompt(backbone), 0))
 
 
 def label(acceleration: Acceleration) -> str:
@@ -114,6 +117,15 @@ def _same_macs(backbone: Backbone, plain: Case, case: Case) -> Case:
         num_inference_steps=steps,
         of=case.label,
     )
+
+
+def _guidance(backbone: Backbone, plain: Case, case: Case) -> list[Case]:
+    """What a student stands between: no guidance, and its teacher, where that is not the plain run itself."""
+    scale = _resolve(backbone, case).guidance_scale
+    found = [replace(plain, label="no guidance", kind="unguided", guidance_scale=1.0, of=case.label)]
+    if scale != backbone.spec.default_guidance_scale:
+        found.append(replace(plain, label=f"guided at {scale:g}", kind="teacher", guidance_scale=scale, of=case.label))
+    return found
 
 
 def _deepcache(case: Case, cache: DeepCache) -> list[Case]:

@@ -18,6 +18,7 @@ Measure = Callable[[Score], float | None]
 CELL = 64  # pixels a picture of the contact sheet; larger ones are reduced
 LABEL = 250  # pixels for the name of a run
 PLAIN_STEPS = ("baseline", "same_macs", "full_steps")
+OF_STUDENTS = {"unguided": "kx", "teacher": "k+"}
 PANELS: tuple[tuple[str, Measure], ...] = (
     ("alignment, %", lambda score: None if score.alignment is None else 100 * score.alignment["all"]),
     ("Fréchet distance (lower is better)", lambda score: score.frechet),
@@ -111,8 +112,8 @@ def plot(evaluation: Evaluation, file: Path) -> None:
             marker = "osD^vP*X"[number // 10 % 8]
             axes.plot(score.mac_ratio, y, marker, color=f"C{number % 10}", label=score.case.label, markersize=7)
         for score, y in points:
-            if score.case.kind == "unguided" and y is not None:
-                axes.plot(score.mac_ratio, y, "kx", label=score.case.label)
+            if (marker := OF_STUDENTS.get(score.case.kind, "")) and y is not None:
+                axes.plot(score.mac_ratio, y, marker, label=score.case.label)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(f"{evaluation.model}, {evaluation.pictures} pictures a point")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from models import Backbone
-from models.accelerators import DeepCache, SelectiveGuidance
+from models.accelerators import CfgStudent, DeepCache, SelectiveGuidance
 from models.errors import WrongBackbone
 from models.plan import Exit
 from models.quality import metrics
@@ -102,6 +103,18 @@ def test_deepcache_has_its_negative_and_its_positive_control(backbone_of: Callab
 def test_an_acceleration_that_does_not_fit_is_refused(backbone_of: Callable[..., Backbone]) -> None:
     with pytest.raises(WrongBackbone, match="unet"):
         cases(backbone_of("pixart-alpha"), [[DeepCache()]], 4)
+
+
+def test_a_student_of_another_scale_stands_beside_its_teacher(student_of: Callable[..., Backbone]) -> None:
+    backbone = student_of("sd")
+    default = backbone.spec.default_guidance_scale
+    assert default != 3.0
+    chosen = cases(backbone, [[CfgStudent()], [CfgStudent(), DeepCache(interval=2)]], 4)
+    others = {case.label: case for case in chosen if case.kind in ("unguided", "teacher")}
+    assert [case.label for case in chosen if case.kind in ("unguided", "teacher")] == ["no guidance", "guided at 3"]
+    assert {name: case.guidance_scale for name, case in others.items()} == {"no guidance": 1.0, "guided at 3": 3.0}
+    backbone = replace(backbone, spec=replace(backbone.spec, default_guidance_scale=3.0))
+    assert not any(case.kind == "teacher" for case in cases(backbone, [[CfgStudent()]], 4))
 
 
 @pytest.mark.parametrize("layout", ["sd", "pixart-alpha"])
