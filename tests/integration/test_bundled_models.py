@@ -96,6 +96,23 @@ def test_weights_are_finite_and_in_half_precision(name: str) -> None:
     assert all(weight.dtype == torch.float16 and bool(weight.isfinite().all()) for weight in weights)
 
 
+def test_activations_are_far_from_the_end_of_half_precision(pipeline: Any, name: str, defaults: dict[str, Any]) -> None:
+    largest: list[torch.Tensor] = []
+
+    def note(module: torch.nn.Module, inputs: object, output: object) -> None:
+        largest.extend(x.abs().max() for x in (output,) if isinstance(x, torch.Tensor) and x.is_floating_point())
+
+    parts = (pipeline.unet if name == "shapes-sd" else pipeline.transformer, pipeline.vae.decoder)
+    hooks = [module.register_forward_hook(note) for part in parts for module in part.modules()]
+    try:
+        _draw(pipeline, name, defaults["examples"][:2], defaults["default_guidance_scale"], 5)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(largest) > 1000
+    assert max(largest) < torch.finfo(torch.float16).max / 64  # about 130 of 65504 when they were made
+
+
 def test_the_schedule_ends_in_pure_noise(pipeline: Any) -> None:
     config = pipeline.scheduler.config
     assert config.prediction_type == "v_prediction"
