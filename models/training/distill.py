@@ -45,6 +45,7 @@ class Settings:
     relative: bool
     muon: bool
     data: str
+    start_from: str | None
     num_inference_steps: int
     ema_decay: float
     seed: int
@@ -99,17 +100,18 @@ def distill(
         relative=relative,
         muon=muon,
         data=str(data),
+        start_from=None if start_from is None else str(start_from),
         num_inference_steps=count,
         ema_decay=ema_decay,
         seed=seed,
     )
+    before = {} if start_from is None else _header(start_from, settings)
     folder = output / "training"
     _remember(folder, settings)
     pair = Pair(backbone.network.module, scale, rank, seed)
     source = _source(backbone, settings, prompts)
     if not (folder / "student.safetensors").exists():
         if start_from is not None:
-            _check(start_from, settings)
             pair.load(start_from)
         if isinstance(source, Trajectories):
             source.spread(lambda one: pair.teacher(*one)[0])
@@ -124,7 +126,7 @@ def distill(
         checkpoint_seconds=checkpoint_seconds,
     )
     fit(DistillTask(pair, source, settings.learning_rate, relative=relative, muon=muon), options)
-    return pair.save(output, metadata(settings))
+    return pair.save(output, metadata(settings) | {"steps": steps + int(before.get("steps", 0))})
 
 
 def _fast(precision: str, backbone: Backbone) -> bool:
@@ -136,17 +138,18 @@ def _fast(precision: str, backbone: Backbone) -> bool:
     return fast_bfloat16(backbone.device)
 
 
-def _check(file: Path, settings: Settings) -> None:
-    """A student can be trained on where it was made for the same: a `RequestError` says what differs."""
+def _header(file: Path, settings: Settings) -> dict[str, str]:
+    """What a student's file says of itself; a `RequestError` where it was made for another model or rank."""
     try:
         with safe_open(file, "pt") as opened:
-            before: dict[str, str] = opened.metadata() or {}
+            header: dict[str, str] = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise RequestError("start_from", f"{file} is no safetensors file: {error}") from error
     now = metadata(settings)
     for name in ("config_hash", "rank"):
-        if before.get(name) != str(now[name]):
-            raise RequestError("start_from", f"{file} has {name} {before.get(name)}, not {now[name]}")
+        if header.get(name) != str(now[name]):
+            raise RequestError("start_from", f"{file} has {name} {header.get(name)}, not {now[name]}")
+    return header
 
 
 def metadata(settings: Settings) -> dict[str, Any]:

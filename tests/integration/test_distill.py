@@ -148,10 +148,12 @@ def test_a_student_is_trained_on_from_its_file(
     first = distill(pipeline_dir(layout), tmp_path / "first", **OPTIONS)
     tiny = {**OPTIONS, "steps": 1, "learning_rate": 1e-9}
     anew = load_file(distill(pipeline_dir(layout), tmp_path / "anew", **tiny))
-    on = load_file(distill(pipeline_dir(layout), tmp_path / "on", **tiny, start_from=first))
-    before = load_file(first)
+    file = distill(pipeline_dir(layout), tmp_path / "on", **tiny, start_from=first)
+    before, on = load_file(first), load_file(file)
     assert all(torch.allclose(on[name], before[name], atol=1e-6) for name in before)
     assert any(not torch.allclose(anew[name], before[name], atol=1e-3) for name in before)
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["steps"] == "7"
 
 
 def test_training_on_needs_the_same_student(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
