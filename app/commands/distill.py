@@ -22,7 +22,7 @@ def distill(
         float | None, typer.Option(help="The scale to bake in; default the model's.", min=1.0)
     ] = None,
     rank: Annotated[int, typer.Option(min=1, max=256, help="Rank of the adapter.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
+    steps: Annotated[int, typer.Option(min=0, help="Training steps; 0 for the mean of --start-from.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 16,
     learning_rate: Annotated[float | None, typer.Option(help="Peak; default 0.001, with --muon 0.008.")] = None,
     relative: Annotated[bool, typer.Option(help="Errors relative to what guidance changes in each image.")] = False,
@@ -34,7 +34,9 @@ def distill(
             ".txt captions."
         ),
     ] = "trajectories",
-    start_from: Annotated[Path | None, typer.Option(help="A student's file to train on.")] = None,
+    start_from: Annotated[
+        list[Path] | None, typer.Option(help="A student's file to train on; given several times, their mean.")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one a line, for trajectories.")] = None,
     num_inference_steps: Annotated[
         int | None, typer.Option(min=1, help="DDIM steps of a trajectory; default the model's.")
@@ -63,7 +65,7 @@ def distill(
             relative=relative,
             muon=muon,
             data=data,
-            start_from=start_from,
+            start_from=start_from or (),
             prompts=[line.strip() for line in lines if line.strip()],
             num_inference_steps=num_inference_steps,
             ema_decay=ema_decay,

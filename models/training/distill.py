@@ -45,7 +45,7 @@ class Settings:
     relative: bool
     muon: bool
     data: str
-    start_from: str | None
+    start_from: list[str]
     num_inference_steps: int
     ema_decay: float
     seed: int
@@ -63,7 +63,7 @@ def distill(
     relative: bool = False,
     muon: bool = False,
     data: str | Path = "trajectories",
-    start_from: Path | None = None,
+    start_from: Sequence[Path] = (),
     prompts: Sequence[str] = (),
     num_inference_steps: int | None = None,
     ema_decay: float = 0.0,
@@ -78,7 +78,8 @@ def distill(
     the student itself), "shapes" (noised rendered scenes), or a directory of pictures with captions, noised. Where
     `prompts` are empty, a model of the shapes world gets its captions. An interrupted run goes on where it was, and so
     does a finished one that is given more `steps`, or its "own" way after the teacher's "trajectories".
-    `relative` and `muon` are `DistillTask`'s.
+    `start_from`: students' files to train on, from their mean (with 0 `steps` the mean alone: a model soup of runs with
+    unlike seeds, arXiv:2203.05482). `relative` and `muon` are `DistillTask`'s.
     Weights are float32; `precision` "bfloat16" takes products in less ("auto": where the hardware is made for it).
     Raises `RequestError` for settings that cannot be distilled or that differ from the interrupted run's.
     """
@@ -100,18 +101,20 @@ def distill(
         relative=relative,
         muon=muon,
         data=str(data),
-        start_from=None if start_from is None else str(start_from),
+        start_from=[str(file) for file in start_from],
         num_inference_steps=count,
         ema_decay=ema_decay,
         seed=seed,
     )
-    before = {} if start_from is None else _header(start_from, settings)
+    before = max((_steps(file, settings) for file in start_from), default=0)
+    if steps == 0 and not start_from:
+        raise RequestError("steps", "0 is for the mean of start_from; train for at least 1")
     folder = output / "training"
     _remember(folder, settings)
     pair = Pair(backbone.network.module, scale, rank, seed)
     source = _source(backbone, settings, prompts)
     if not (folder / "student.safetensors").exists():
-        if start_from is not None:
+        if start_from:
             pair.load(start_from)
         if isinstance(source, Trajectories):
             source.spread(lambda one: pair.teacher(*one)[0])
@@ -126,7 +129,7 @@ def distill(
         checkpoint_seconds=checkpoint_seconds,
     )
     fit(DistillTask(pair, source, settings.learning_rate, relative=relative, muon=muon), options)
-    return pair.save(output, metadata(settings) | {"steps": steps + int(before.get("steps", 0))})
+    return pair.save(output, metadata(settings) | {"steps": before + steps})
 
 
 def _fast(precision: str, backbone: Backbone) -> bool:
@@ -138,8 +141,8 @@ def _fast(precision: str, backbone: Backbone) -> bool:
     return fast_bfloat16(backbone.device)
 
 
-def _header(file: Path, settings: Settings) -> dict[str, str]:
-    """What a student's file says of itself; a `RequestError` where it was made for another model or rank."""
+def _steps(file: Path, settings: Settings) -> int:
+    """How long a student's file says it was trained; a `RequestError` where it was made for another model or rank."""
     try:
         with safe_open(file, "pt") as opened:
             header: dict[str, str] = opened.metadata() or {}
@@ -149,7 +152,7 @@ def _header(file: Path, settings: Settings) -> dict[str, str]:
     for name in ("config_hash", "rank"):
         if header.get(name) != str(now[name]):
             raise RequestError("start_from", f"{file} has {name} {header.get(name)}, not {now[name]}")
-    return header
+    return int(header.get("steps", 0))
 
 
 def metadata(settings: Settings) -> dict[str, Any]:

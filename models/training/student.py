@@ -63,9 +63,12 @@ class Pair:
             for layer in self._layers:
                 layer.enable_adapters(True)
 
-    def load(self, file: Path) -> None:
-        """Take the weights of a file that `save` wrote for an adapter of the same rank."""
-        weights = {name.split(".", 1)[1]: value for name, value in load_file(file).items()}
+    def load(self, files: Sequence[Path]) -> None:
+        """Take the mean, tensor by tensor, of files that `save` wrote for adapters of the same rank."""
+        parts = [load_file(file) for file in files]
+        weights = {
+            name.split(".", 1)[1]: torch.stack([part[name].float() for part in parts]).mean(0) for name in parts[0]
+        }
         set_peft_model_state_dict(self.network, convert_all_state_dict_to_peft(weights))
 
     def save(self, folder: Path, metadata: Mapping[str, object]) -> Path:

@@ -148,7 +148,7 @@ def test_a_student_is_trained_on_from_its_file(
     first = distill(pipeline_dir(layout), tmp_path / "first", **OPTIONS)
     tiny = {**OPTIONS, "steps": 1, "learning_rate": 1e-9}
     anew = load_file(distill(pipeline_dir(layout), tmp_path / "anew", **tiny))
-    file = distill(pipeline_dir(layout), tmp_path / "on", **tiny, start_from=first)
+    file = distill(pipeline_dir(layout), tmp_path / "on", **tiny, start_from=[first])
     before, on = load_file(first), load_file(file)
     assert all(torch.allclose(on[name], before[name], atol=1e-6) for name in before)
     assert any(not torch.allclose(anew[name], before[name], atol=1e-3) for name in before)
@@ -156,14 +156,26 @@ def test_a_student_is_trained_on_from_its_file(
         assert opened.metadata()["steps"] == "7"
 
 
+def test_the_mean_of_students_is_written_without_training(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    files = [distill(pipeline_dir("sd"), tmp_path / str(seed), **OPTIONS, seed=seed) for seed in (1, 2)]
+    file = distill(pipeline_dir("sd"), tmp_path / "mean", **{**OPTIONS, "steps": 0}, start_from=files)
+    one, two, mean = (load_file(each) for each in (*files, file))
+    assert all(torch.allclose(mean[name], (one[name].float() + two[name].float()).half() / 2) for name in one)
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["steps"] == "6"
+    with pytest.raises(RequestError, match="steps: 0 is for the mean of start_from"):
+        distill(pipeline_dir("sd"), tmp_path / "nothing", **{**OPTIONS, "steps": 0})
+
+
 def test_training_on_needs_the_same_student(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
     first = distill(pipeline_dir("sd"), tmp_path / "first", **{**OPTIONS, "steps": 1})
     with pytest.raises(RequestError, match=r"start_from: .* has rank 2, not 4"):
-        distill(pipeline_dir("sd"), tmp_path / "rank", **{**OPTIONS, "rank": 4}, start_from=first)
+        distill(pipeline_dir("sd"), tmp_path / "rank", **{**OPTIONS, "rank": 4}, start_from=[first])
     with pytest.raises(RequestError, match=r"start_from: .* has config_hash"):
-        distill(pipeline_dir("pixart-alpha"), tmp_path / "model", **OPTIONS, start_from=first)
+        distill(pipeline_dir("pixart-alpha"), tmp_path / "model", **OPTIONS, start_from=[first])
     with pytest.raises(RequestError, match=r"start_from: .* is no safetensors file"):
-        distill(pipeline_dir("sd"), tmp_path / "none", **OPTIONS, start_from=tmp_path / "none.safetensors")
+        distill(pipeline_dir("sd"), tmp_path / "none", **OPTIONS, start_from=[tmp_path / "none.safetensors"])
 
 
 def test_resuming_with_other_settings_is_refused(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
