@@ -49,8 +49,8 @@ def text(name: str, description: str, parts: dict[str, int], figures: dict[str, 
     """The card as Markdown. `parts` gives each network's parameter count; `figures` is what `validate` wrote."""
     rows = [_row(scale, rates) for scale, rates in figures["rates"].items()]
     facts = {key: value for key, value in figures.items() if key != "rates"}
-    earlier = "\nThe first {steps} steps saw {scenes} scenes, {false:.0%} of their captions false."
-    facts["before"] = earlier.format(**figures["before"]) if "before" in figures else ""
+    earlier = "\nUntil step {steps} it saw {scenes} scenes, {false:.0%} of their captions false."
+    facts["before"] = "".join(earlier.format(**part) for part in figures.get("before", []))
     return _TEXT.format(
         name=name,
         description=description,

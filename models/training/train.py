@@ -144,7 +144,8 @@ def _validate(arguments: argparse.Namespace) -> None:
     }
     if _before_path(arguments).exists():
         before = json.loads(_before_path(arguments).read_text())
-        figures["before"] = {name: before[name] for name in ("steps", "scenes", "false")}
+        last = {name: before[name] for name in ("steps", "scenes", "false")}
+        figures["before"] = [*before.get("before", []), last]
     _figures_path(arguments).write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -94,6 +94,20 @@ def test_an_export_is_trained_on(trained: Path, tmp_path: Path, monkeypatch: pyt
     assert state["seconds"] > 60 * json.loads((start / "training.json").read_text())["minutes"]
 
 
+def test_the_card_says_what_every_part_of_the_training_saw(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = trained / "out" / "shapes-dit"
+    for steps in (6, 8):
+        folders = ("--folder", tmp_path / str(steps), "--output", tmp_path / str(steps))
+        for stage in ("denoiser", "validate", "export"):
+            _train(monkeypatch, "shapes-dit", "--stage", stage, "--steps", steps, *folders, "--start-from", start)
+        start = tmp_path / str(steps) / "shapes-dit"
+    card = (start / "README.md").read_text()
+    assert "This one: 8 steps of 4 captions" in card
+    assert "Until step 4 it saw 8 scenes, 10% of their captions false.\nUntil step 6 it saw 8 scenes" in card
+
+
 def test_some_captions_are_empty_and_some_are_false() -> None:
     count = 100
     captions = Encoded(torch.arange(2 * count + 1).view(-1, 1, 1), torch.ones(2 * count + 1, 1))
