@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from models.backbones import load
 from models.backbones.base import Backbone
@@ -26,29 +22,10 @@ from models.training.student_data import (
     shape_pictures,
     shape_prompts,
 )
+from models.training.student_settings import TRAJECTORIES, Settings, remember, trained_steps
 from models.training.student_task import DistillTask
 
 RENDERED_PICTURES = 4096
-TRAJECTORIES = ("trajectories", "own")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is distilled and how. `data` is "trajectories", "own", "shapes" (rendered scenes, noised) or a directory."""
-
-    model: str
-    guidance_scale: float
-    rank: int
-    steps: int
-    batch: int
-    learning_rate: float
-    relative: bool
-    muon: bool
-    data: str
-    start_from: list[str]
-    num_inference_steps: int
-    ema_decay: float
-    seed: int
 
 
 def distill(
@@ -106,11 +83,11 @@ def distill(
         ema_decay=ema_decay,
         seed=seed,
     )
-    before = max((_steps(file, settings) for file in start_from), default=0)
+    before = max((trained_steps(file, settings) for file in start_from), default=0)
     if steps == 0 and not start_from:
         raise RequestError("steps", "0 is for the mean of start_from; train for at least 1")
     folder = output / "training"
-    _remember(folder, settings)
+    remember(folder, settings)
     pair = Pair(backbone.network.module, scale, rank, seed)
     source = _source(backbone, settings, prompts)
     if not (folder / "student.safetensors").exists():
@@ -129,7 +106,7 @@ def distill(
         checkpoint_seconds=checkpoint_seconds,
     )
     fit(DistillTask(pair, source, settings.learning_rate, relative=relative, muon=muon), options)
-    return pair.save(output, metadata(settings) | {"steps": before + steps})
+    return pair.save(output, settings.metadata() | {"steps": before + steps})
 
 
 def _fast(precision: str, backbone: Backbone) -> bool:
@@ -139,36 +116,6 @@ def _fast(precision: str, backbone: Backbone) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     return fast_bfloat16(backbone.device)
-
-
-def _steps(file: Path, settings: Settings) -> int:
-    """How long a student's file says it was trained; a `RequestError` where it was made for another model or rank."""
-    try:
-        with safe_open(file, "pt") as opened:
-            header: dict[str, str] = opened.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise RequestError("start_from", f"{file} is no safetensors file: {error}") from error
-    now = metadata(settings)
-    for name in ("config_hash", "rank"):
-        if header.get(name) != str(now[name]):
-            raise RequestError("start_from", f"{file} has {name} {header.get(name)}, not {now[name]}")
-    return int(header.get("steps", 0))
-
-
-def metadata(settings: Settings) -> dict[str, Any]:
-    """What the adapter file says of itself."""
-    return {
-        "guidance_scale": settings.guidance_scale,
-        "negative_prompt": "",
-        "rank": settings.rank,
-        "lora_alpha": settings.rank,
-        "config_hash": settings.model,
-        "steps": settings.steps,
-        "relative": settings.relative,
-        "muon": settings.muon,
-        "num_inference_steps": settings.num_inference_steps,
-        "data": settings.data if settings.data in TRAJECTORIES else "noised",
-    }
 
 
 def _source(backbone: Backbone, settings: Settings, prompts: Sequence[str]) -> Source:
@@ -187,19 +134,3 @@ def _prompts(backbone: Backbone, prompts: Sequence[str], seed: int) -> Prompts:
     if backbone.spec.prompt_grammar is None:
         raise RequestError("prompts", f"{backbone.spec.name} does not say what it draws; give prompts to distil on")
     return shape_prompts(seed)
-
-
-def _remember(folder: Path, settings: Settings) -> None:
-    """Write the settings; hold those of an interrupted run against them. It may go on longer, or on its own path."""
-    file, now = folder / "settings.json", asdict(settings)
-    if file.is_file():
-        before = json.loads(file.read_text())
-        free = {"steps"} | ({"data"} if {settings.data, before["data"]} <= set(TRAJECTORIES) else set())
-        for name in now.keys() - free:
-            if before.get(name) != now[name]:
-                raise RequestError(name, f"{now[name]} differs from {before.get(name)} of the run in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(now, indent=2) + "\n")
-
-
-__all__ = ["DistillTask", "Settings", "distill"]

@@ -166,6 +166,10 @@ def test_the_mean_of_students_is_written_without_training(pipeline_dir: Callable
         assert opened.metadata()["steps"] == "6"
     with pytest.raises(RequestError, match="steps: 0 is for the mean of start_from"):
         distill(pipeline_dir("sd"), tmp_path / "nothing", **{**OPTIONS, "steps": 0})
+    with pytest.raises(RequestError, match=r"start_from: .* has guidance_scale 3.0, not 2.0"):
+        distill(
+            pipeline_dir("sd"), tmp_path / "other", **{**OPTIONS, "steps": 0, "guidance_scale": 2.0}, start_from=files
+        )
 
 
 def test_training_on_needs_the_same_student(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
