@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from app.attempt import attempt
 from app.batcher import Batcher
 from app.budget import Budget, Door
+from app.decoder import Decoder
 from app.errors import ForwardFailed, Impossible, Internal, NonFinite, OutOfMemory, ServiceError
-from app.job import Event, Failed, Finished, Group, Job, Lane, Preview, Progress
+from app.job import Event, Failed, Group, Job, Lane, Progress
 from app.logs import SERVER
 from app.metrics import Metrics
 from app.pace import Pace
@@ -20,22 +21,13 @@ from models.backbones.base import Backbone
 from models.denoise import advance
 from models.device import Fence, out_of_memory, release_memory
 from models.errors import RequestError
-from models.generate import decode, start
+from models.generate import start
 from models.plan import StepRows
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 Clock = Callable[[], float]
-
-
-@dataclass(frozen=True, eq=False)
-class Decode:
-    """Latents that wait to become a picture: final ones, or a preview after `step` evaluations."""
-
-    lane: Lane
-    latents: Tensor
-    step: int | None = None
 
 
 class Worker:
@@ -62,8 +54,7 @@ class Worker:
         self._max_rows = max_rows
         self._lowered: dict[Group, int] = {}  # caps of groups that ran out of memory
         self._batcher: Batcher[Lane, Group] = Batcher(self._cap)
-        self._decodes: deque[Decode] = deque()
-        self._chunk = settings.decode_chunk
+        self._decoder = Decoder(backbones, settings.decode_chunk, metrics, self._end)
         self._feature_bytes: defaultdict[str, int] = defaultdict(int)
         self._budget = Budget(settings.max_feature_bytes)
         self._fence = Fence()
@@ -71,7 +62,7 @@ class Worker:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._decodes) or len(self._batcher) > 0
+        return len(self._decoder) > 0 or len(self._batcher) > 0
 
     def add(self, job: Job) -> None:
         """Take a job in; the tick that first takes one of its images starts it."""
@@ -85,7 +76,7 @@ class Worker:
             self._remember(lane, 0)
             self._reserve(lane, 0)
             lane.trajectory = None
-        self._decodes = deque(d for d in self._decodes if d.lane.job is not job)
+        self._decoder.drop(job)
 
     def work(self) -> None:
         """One tick and one chunk of decoding, so that neither keeps the other waiting."""
@@ -93,8 +84,8 @@ class Worker:
         lanes = self._batcher.next(lambda lane: self._admit(lane.job, door, admitted))
         if lanes:
             self._tick(lanes)
-        if self._decodes:
-            self._decode()
+        if len(self._decoder):
+            self._decoder.work()
 
     def _admit(self, job: Job, door: Door, admitted: set[Job]) -> bool:
         """Whether a job may start: all its images do together, with what they will remember."""
@@ -121,11 +112,11 @@ class Worker:
         began = self._clock()
         prompts = [p for job in jobs for p in _prompts(job)]
         if backbone.spec.has_text_encoder and backbone.spec.layout != "dit":
-            error = _attempt(partial(backbone.conditioner.encode, prompts))
+            error = attempt(partial(backbone.conditioner.encode, prompts))
             if error is not None:
                 SERVER.warning("encoding %d prompts together failed, trying one by one: %s", len(prompts), error)
         for job in jobs:
-            error = _attempt(partial(self._start_one, job, backbone))
+            error = attempt(partial(self._start_one, job, backbone))
             if error is not None:
                 self._end(job, Failed(_start_error(error)))
                 continue
@@ -179,7 +170,7 @@ class Worker:
             before = {lane: lane.step for lane in part}
             reduced = {lane: trajectory.plan.reduced for lane, trajectory in part.items()}
             rows = sum(trajectory.num_rows for trajectory in part.values())
-            error = _attempt(partial(advance, backbone, list(part.values())))
+            error = attempt(partial(advance, backbone, list(part.values())))
             if error is None or out_of_memory(error):
                 done = [lane for lane in part if lane.step > before[lane]]
                 stepped += done
@@ -222,10 +213,10 @@ class Worker:
                         [lane], NonFinite, "the image ended in NaN or infinity; another seed or scheduler may do"
                     )
                     continue
-                self._decodes.append(Decode(lane, trajectory.latents))
+                self._decoder.add(lane, trajectory.latents)
                 job.timing.denoised = self._clock()
             elif trajectory.step in job.preview_steps:
-                self._decodes.append(Decode(lane, trajectory.preview(), trajectory.step))
+                self._decoder.add(lane, trajectory.preview(), trajectory.step)
         for job in {lane.job: None for lane in lanes if lane.started and lane.job.progress}:
             job.post(Progress(job.steps_done, job.total_steps))
 
@@ -241,52 +232,6 @@ class Worker:
     def _reserve(self, lane: Lane, size: int) -> None:
         self._budget.reserved += size - lane.reserved
         lane.reserved = size
-
-    # Decoding
-
-    def _decode(self) -> None:
-        """Decode the oldest latents and those behind them that fit into the same batch."""
-        group = self._decodes[0].lane.group
-        chunk = [d for d in self._decodes if d.lane.group == group][: self._chunk]
-        images: list[object] = []
-        backbone = self._backbones[chunk[0].lane.job.model]
-        error = _attempt(lambda: images.extend(decode(backbone, [d.latents for d in chunk])))
-        if error is not None and out_of_memory(error):
-            self._metrics.out_of_memory.inc()
-            release_memory()
-            if len(chunk) > 1:
-                self._chunk = len(chunk) // 2
-                return
-        taken = set(chunk)
-        self._decodes = deque(d for d in self._decodes if d not in taken)
-        if error is not None:
-            SERVER.error("decoding %d images failed", len(chunk), exc_info=error)
-            kind = OutOfMemory if out_of_memory(error) else ForwardFailed
-            self._fail([d.lane for d in chunk], kind, "the images could not be decoded")
-            return
-        for waiting, image in zip(chunk, images, strict=True):
-            self._deliver(waiting, image)
-
-    def _deliver(self, decoded: Decode, image: object) -> None:
-        lane, job = decoded.lane, decoded.lane.job
-        if decoded.step is not None:
-            job.post(Preview(image, decoded.step, lane.index))  # type: ignore[arg-type]
-            return
-        lane.image = image  # type: ignore[assignment]
-        images = [other.image for other in job.lanes if other.image is not None]
-        if len(images) == len(job.lanes):
-            self._end(job, Finished(images))
-
-
-def _attempt(work: Callable[[], object]) -> Exception | None:
-    """Do it, or return what it raised. The traceback's frames, which hold tensors, are let go of."""
-    try:
-        work()
-    except Exception as error:
-        if not out_of_memory(error):
-            return error
-        return error.with_traceback(None)
-    return None
 
 
 def _prompts(job: Job) -> list[str | None]:

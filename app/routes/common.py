@@ -13,10 +13,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.errors import ClientGone, ServiceError
+from app.generation import Generation
 from app.problems import body as error_body
 from app.problems import translate
 from app.schemas.requests import GenerationRequest
-from app.service import Generation, Service
+from app.service import Service
 
 T = TypeVar("T")
 Spell = Callable[[Generation], AsyncIterator[tuple[str, dict[str, Any]]]]

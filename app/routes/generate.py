@@ -10,13 +10,13 @@ from fastapi import APIRouter, Body, Header, Request
 from starlette.responses import Response
 
 from app.errors import Impossible
+from app.generation import Generation
 from app.job import Preview, Progress, Queued
 from app.pictures import MEDIA_TYPES
 from app.problems import RESPONSES
 from app.routes.common import respond
 from app.schemas.requests import GenerationRequest, OutputFormat
 from app.schemas.responses import GenerationBody
-from app.service import Generation
 
 router = APIRouter(tags=["generate"])
 IMAGE = {"schema": {"type": "string", "format": "binary"}}

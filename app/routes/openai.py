@@ -16,13 +16,13 @@ from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
 from app.errors import Impossible, Malformed
+from app.generation import Generation
 from app.job import Preview
 from app.problems import RESPONSES
 from app.routes.common import respond, service_of
 from app.routes.generate import events
 from app.schemas.requests import ImagesRequest
 from app.schemas.responses import ImagesBody
-from app.service import Generation
 
 router = APIRouter(prefix="/v1/images", tags=["openai"])
 

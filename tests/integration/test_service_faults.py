@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from app import worker
+from app import decoder, worker
 from app.logs import configure
 from app.main import create_app
 from app.serve import Server
@@ -165,7 +165,7 @@ async def test_a_failing_decode_fails_its_images_only(student_of: Model, monkeyp
         return original(backbone, latents)
 
     async with serving({"sd": student_of("sd")}) as served:
-        monkeypatch.setattr(worker, "decode", broken)
+        monkeypatch.setattr(decoder, "decode", broken)
         bad, good = await asyncio.gather(served.post(width=16, height=16), served.post())
         assert (bad.status_code, good.status_code) == (500, 200)
         assert bad.json()["error"]["code"] == "forward_failed"
