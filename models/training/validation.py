@@ -15,7 +15,7 @@ from models.training.shapes import sample_scenes
 from models.training.text import Encoded, TextEncoder
 
 STEPS = 25
-GUIDANCE_SCALES = {"shapes-sd": 2.0, "shapes-dit": 3.0}
+GUIDANCE_SCALES = {"shapes-sd": 2.0, "shapes-dit": 2.0}
 """The models' defaults, chosen by measurement (`--stage validate --scales ...`): the least that does the work."""
 CAPTIONS_SEED = 7
 

@@ -21,7 +21,7 @@ from models.training.tokenizers import words
 
 BUNDLED = Path(models.__file__).parent / "bundled"
 PIPELINES = {"shapes-sd": StableDiffusionPipeline, "shapes-dit": PixArtAlphaPipeline}
-RIGHT_OF_EIGHT = {"shapes-sd": 7, "shapes-dit": 6}
+RIGHT_OF_EIGHT = {"shapes-sd": 7, "shapes-dit": 7}
 EXTRA = {"shapes-sd": {}, "shapes-dit": {"use_resolution_binning": False}}
 
 
