@@ -22,7 +22,7 @@ from models.training.student_data import (
     shape_pictures,
     shape_prompts,
 )
-from models.training.student_settings import TRAJECTORIES, Settings, remember, trained_steps
+from models.training.student_settings import TRAJECTORIES, Settings, header, remember, trained_steps
 from models.training.student_task import DistillTask
 
 RENDERED_PICTURES = 4096
@@ -83,12 +83,16 @@ def distill(
         ema_decay=ema_decay,
         seed=seed,
     )
-    before = max((trained_steps(file, settings) for file in start_from), default=0)
+    headers = [header(file, settings) for file in start_from]
     if steps == 0 and not start_from:
         raise RequestError("steps", "0 is for the mean of start_from; train for at least 1")
+    pair = Pair(backbone.network.module, scale, rank, seed)
+    if steps == 0:
+        pair.load(start_from)
+        longest = max(headers, key=trained_steps)
+        return pair.save(output, longest)
     folder = output / "training"
     remember(folder, settings)
-    pair = Pair(backbone.network.module, scale, rank, seed)
     source = _source(backbone, settings, prompts)
     if not (folder / "student.safetensors").exists():
         if start_from:
@@ -106,6 +110,7 @@ def distill(
         checkpoint_seconds=checkpoint_seconds,
     )
     fit(DistillTask(pair, source, settings.learning_rate, relative=relative, muon=muon), options)
+    before = max(map(trained_steps, headers), default=0)
     return pair.save(output, settings.metadata() | {"steps": before + steps})
 
 

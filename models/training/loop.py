@@ -54,9 +54,7 @@ class Options:
 
     def share_done(self, step: int, seconds: float) -> float:
         """How much of the budget is spent, from 0 to 1."""
-        if self.minutes is not None:
-            return min(1.0, seconds / (60 * self.minutes))
-        return min(1.0, step / self.steps) if self.steps else 1.0
+        return min(1.0, seconds / (60 * self.minutes) if self.minutes is not None else step / self.steps)
 
     def rate(self, step: int, share: float) -> float:
         """The learning rate as a part of its peak: warm-up, plateau, then a straight line to zero."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,18 +49,23 @@ class Settings:
         }
 
 
-def trained_steps(file: Path, settings: Settings) -> int:
-    """How long a student's file says it was trained; a `RequestError` where it was made for another model or rank."""
+def header(file: Path, settings: Settings) -> dict[str, str]:
+    """What a student's file says of itself; a `RequestError` where it was made for another model or rank."""
     try:
         with safe_open(file, "pt") as opened:
-            header: dict[str, str] = opened.metadata() or {}
+            found: dict[str, str] = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise RequestError("start_from", f"{file} is no safetensors file: {error}") from error
     now = settings.metadata()
     fixed = ("config_hash", "rank") if settings.steps else ("config_hash", "rank", "guidance_scale")
     for name in fixed:
-        if header.get(name) != str(now[name]):
-            raise RequestError("start_from", f"{file} has {name} {header.get(name)}, not {now[name]}")
+        if found.get(name) != str(now[name]):
+            raise RequestError("start_from", f"{file} has {name} {found.get(name)}, not {now[name]}")
+    return found
+
+
+def trained_steps(header: Mapping[str, str]) -> int:
+    """How long a student was trained, as its file says."""
     return int(header.get("steps", 0))
 
 

@@ -157,13 +157,14 @@ def test_a_student_is_trained_on_from_its_file(
 
 
 def test_the_mean_of_students_is_written_without_training(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    files = [distill(pipeline_dir("sd"), tmp_path / str(seed), **OPTIONS, seed=seed) for seed in (1, 2)]
+    files = [distill(pipeline_dir("sd"), tmp_path / str(s), **OPTIONS, seed=s, relative=True) for s in (1, 2)]
     file = distill(pipeline_dir("sd"), tmp_path / "mean", **{**OPTIONS, "steps": 0}, start_from=files)
     one, two, mean = (load_file(each) for each in (*files, file))
     assert all(torch.allclose(mean[name], (one[name].float() + two[name].float()).half() / 2) for name in one)
     assert any(not torch.equal(one[name], two[name]) for name in one)
     with safe_open(file, "pt") as opened:
-        assert opened.metadata()["steps"] == "6"
+        assert (opened.metadata()["steps"], opened.metadata()["relative"]) == ("6", "True")
+    assert not (tmp_path / "mean" / "training").exists()
     with pytest.raises(RequestError, match="steps: 0 is for the mean of start_from"):
         distill(pipeline_dir("sd"), tmp_path / "nothing", **{**OPTIONS, "steps": 0})
     with pytest.raises(RequestError, match=r"start_from: .* has guidance_scale 3.0, not 2.0"):
