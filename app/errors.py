@@ -1,4 +1,4 @@
-"""Every error that a client can be answered with: one tree, a status each, turned into HTTP in `app.problems`."""
+"""Every error that a client can be answered with: one tree, a status each, turned into HTTP in `app.http.problems`."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ import transformers
 import uvicorn
 from fastapi import FastAPI
 
-from app.engine import Engine
+from app.engine.engine import Engine
+from app.http.main import create_app
 from app.logs import SERVER, configure
-from app.main import create_app
 from app.settings import Settings
 
 ANSWER_SECONDS = 10

@@ -1,14 +1,14 @@
 """Slipstream's models: load a diffusion backbone once, run any mix of accelerated requests as one continuous batch."""
 
-from models.attention_plan import Plan
-from models.backbones import load
-from models.backbones.base import Backbone
+from models.backbone import Backbone
+from models.costs.macs import MacReport, macs
 from models.denoise import advance
 from models.generate import generate
-from models.macs import MacReport, macs
-from models.plan_search import search_plan
+from models.loading import load
 from models.request import Request, Result
-from models.warp_search import search_warp
+from models.search.attention_plan import Plan
+from models.search.attention_search import search_plan
+from models.search.warp_search import search_warp
 
 __all__ = [
     "Backbone",

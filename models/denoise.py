@@ -13,7 +13,7 @@ from models.rows import Row
 from models.trajectory import Trajectory
 
 if TYPE_CHECKING:
-    from models.backbones.base import Backbone
+    from models.backbone import Backbone
 
 
 @torch.inference_mode()

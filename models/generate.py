@@ -10,12 +10,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from models.backbones.base import Backbone
+from models.backbone import Backbone
+from models.costs.macs import usage
 from models.denoise import advance
-from models.macs import usage
 from models.request import Request, Result, Run
 from models.resolve import resolve
-from models.schedulers import takes
+from models.solvers.names import takes
 from models.trajectory import Trajectory
 
 Progress = Callable[[int, int], None]

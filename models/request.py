@@ -11,10 +11,10 @@ from torch import Tensor
 
 from models.accelerators import Accelerator
 from models.plan import StepRows
-from models.schedulers import NoiseSchedule
+from models.solvers.names import NoiseSchedule
 
 if TYPE_CHECKING:
-    from models.macs import Usage
+    from models.costs.macs import Usage
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

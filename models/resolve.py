@@ -11,7 +11,7 @@ from models.accelerators.base import needs_guidance
 from models.errors import OutOfRange, RequestError, WrongBackbone
 from models.plan import compile_run
 from models.request import Request, Run
-from models.schedulers import REGISTRY, NoiseSchedule, noise_schedule
+from models.solvers.names import REGISTRY, NoiseSchedule, noise_schedule
 from models.spec import ModelSpec, RunSpec
 
 MAX_STEPS = 1000

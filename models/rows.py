@@ -11,7 +11,7 @@ from torch import Tensor
 from models.plan import Key, Role, RowPlan
 
 if TYPE_CHECKING:
-    from models.adapters import Lora
+    from models.adapters.lora import Lora
 
 Memory = dict[Key, Tensor]
 Conditioning = dict[str, Tensor]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from models.attention_plan import Plan
+    from models.search.attention_plan import Plan
 
 Family = Literal["unet", "dit"]
 Layout = Literal["sd", "sdxl", "dit", "pixart"]

@@ -14,7 +14,7 @@ from models.plan import Role, StepRows
 from models.rows import Conditioning, Memory, Row, memory_bytes
 
 if TYPE_CHECKING:
-    from models.adapters import Lora
+    from models.adapters.lora import Lora
 
 
 @dataclass(eq=False)

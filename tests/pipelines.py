@@ -31,8 +31,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from models.adapters import TARGETS, WEIGHT_NAME
-from models.training.tokenizers import clip_tokenizer, t5_tokenizer
+from models.adapters.lora import TARGETS, WEIGHT_NAME
+from models.shapes.tokenizers import clip_tokenizer, t5_tokenizer
 
 LAYOUTS = ("sd", "sd2", "sdxl", "dit", "pixart-alpha", "pixart-sigma")
 TEXT_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "dit")

@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from models.schedulers import REGISTRY, takes
+from models.solvers.names import REGISTRY, takes
 
 
 class Drawn(NamedTuple):

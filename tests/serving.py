@@ -20,8 +20,8 @@ from fastapi import FastAPI
 from PIL import Image
 from torch import Tensor
 
-from app.engine import Engine
-from app.main import create_app
+from app.engine.engine import Engine
+from app.http.main import create_app
 from app.settings import Settings
 from models import Backbone, Plan
 from models.plan import Method

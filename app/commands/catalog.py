@@ -12,7 +12,7 @@ from rich.table import Table
 
 def models() -> None:
     """List the bundled models. Any directory or hub id in diffusers' layout can be served too."""
-    from models.backbones import BUNDLED, LAYOUTS
+    from models.loading import BUNDLED, LAYOUTS
 
     table = Table("model", "pipeline", "adapters", "plans", "what it draws", title="Bundled models")
     for index in sorted(BUNDLED.glob("*/model_index.json")):

@@ -8,9 +8,9 @@ from pydantic import Field, InstanceOf, PrivateAttr
 from pydantic.json_schema import SkipJsonSchema
 
 from models.accelerators.base import Accelerator
-from models.attention_plan import Plan
 from models.errors import GuidanceRequired, PlanMismatch
 from models.plan import StepPlan
+from models.search.attention_plan import Plan
 from models.spec import Family, ModelSpec, RunSpec
 
 

@@ -14,8 +14,8 @@ from models.accelerators import (
     DiTFastAttn,
     SelectiveGuidance,
 )
-from models.backbones.base import Backbone
-from models.macs import Usage, usage
+from models.backbone import Backbone
+from models.costs.macs import Usage, usage
 from models.plan import StepPlan
 from models.request import Request, Run
 from models.resolve import resolve

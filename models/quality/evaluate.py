@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from PIL import Image
 from torch import Tensor
 
-from models.backbones.base import Backbone
+from models.backbone import Backbone
 from models.errors import RequestError
 from models.generate import generate
 from models.quality import metrics
 from models.quality.cases import Acceleration, Case, cases, cost, defaults
-from models.training import classifier
-from models.training.validation import held_out_captions
+from models.shapes import classifier
+from models.shapes.validation import held_out_captions
 
 REFERENCES = 2048  # rendered pictures behind every Fréchet distance
 Progress = Callable[[int, int], None]

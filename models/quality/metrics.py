@@ -12,8 +12,8 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from models.training.checker import Verdict, check
-from models.training.shapes import SIDE, parse_caption, render
+from models.shapes.checker import Verdict, check
+from models.shapes.shapes import SIDE, parse_caption, render
 
 MOST_PSNR = 100.0  # decibels; what identical pictures count as in a mean
 

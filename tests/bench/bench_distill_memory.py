@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from models.distill.student import Pair, predict
 from models.guidance import guided
-from models.training.student import Pair, predict
 
 CASES = ("inference", "lora", "copy")
 NAMES = {"inference": "teacher's inference", "lora": "distilling a LoRA", "copy": "distilling a full copy"}

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from app.pace import knee
+from app.engine.pace import knee
 from models import advance, generate
-from models.macs import counter_for
+from models.costs.macs import counter_for
 from models.plan import RowPlan
 from tests.bench.gpu_checks import compiled, graphed, running, synchronisations, timed
 from tests.bench.gpu_models import MODELS, PEAK_TFLOPS, gpu_model

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from app.batcher import Batcher
-from app.job import Job, Lane
+from app.engine.batcher import Batcher
+from app.engine.job import Job, Lane
 from models import Request, advance
 from models.resolve import resolve
 from tests.bench import zoo

@@ -13,7 +13,7 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
-from app.pace import knee
+from app.engine.pace import knee
 from models import Request, advance, generate
 from tests.bench import peers, zoo
 from tests.bench.harness import elapsed, note, options, quiet

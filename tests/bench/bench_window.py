@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from models.backbones.window import window_attention
+from models.networks.window import window_attention
 
 CASES = ((1024, 128, 1.7), (4096, 512, 2.0))
 """Tokens, half width of the band, and how many times faster it must be."""

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from itertools import count
 from queue import Queue
 
-from app.engine import Engine
-from app.job import Event, Failed, Finished, Job
+from app.engine.engine import Engine
+from app.engine.job import Event, Failed, Finished, Job
 from app.metrics import Metrics
 from app.settings import Settings
 from models import Request

@@ -15,11 +15,11 @@ from models.accelerators import (
     DiTFastAttn,
     SelectiveGuidance,
 )
-from models.attention_plan import Plan
+from models.costs.macs import usage
 from models.generate import start
-from models.macs import usage
 from models.plan import Method
 from models.resolve import resolve
+from models.search.attention_plan import Plan
 from models.trajectory import Trajectory
 from tests.bench.zoo import Model
 

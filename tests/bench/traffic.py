@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from app.batcher import Batcher
+from app.engine.batcher import Batcher
 from models import Request, advance
 from models.generate import decode, start
 from models.plan import StepRows

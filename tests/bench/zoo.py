@@ -21,11 +21,11 @@ from torch import nn
 
 import models
 from models import Backbone
-from models.backbones import BUNDLED
-from models.training import vae
-from models.training.export import save
-from models.training.networks import build_transformer, build_unet
-from models.training.text import WIDTH, TextEncoder
+from models.loading import BUNDLED
+from models.shapes import vae
+from models.shapes.export import save
+from models.shapes.networks import build_transformer, build_unet
+from models.shapes.text import WIDTH, TextEncoder
 from tests.bench.harness import ROOT
 
 CACHE = ROOT / "runs" / "bench" / "models"

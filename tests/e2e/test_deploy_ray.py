@@ -113,7 +113,10 @@ def cluster(pipeline_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     config = local(pipeline_dir("sd"), metrics)
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     command = [str(Path(sys.executable).parent / "serve"), "run", "--app-dir", str(ROOT), str(folder / "serve.yaml")]
-    environment = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.proxy:middlewares", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.ray.proxy:middlewares",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     base = f"http://127.0.0.1:{config['http_options']['port']}"
     runs: list[subprocess.Popen[bytes]] = []
 

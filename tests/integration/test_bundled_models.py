@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 import models
 from models import Request, generate
 from models.accelerators import CfgStudent
-from models.training import pictures
-from models.training.checker import check
-from models.training.shapes import SIDE, parse_caption, render, sample_scenes
-from models.training.tokenizers import words
+from models.shapes import pictures
+from models.shapes.checker import check
+from models.shapes.shapes import SIDE, parse_caption, render, sample_scenes
+from models.shapes.tokenizers import words
 
 BUNDLED = Path(models.__file__).parent / "bundled"
 PIPELINES = {"shapes-sd": StableDiffusionPipeline, "shapes-dit": PixArtAlphaPipeline}

@@ -17,7 +17,7 @@ from models.accelerators import DeepCache, NoAcceleration
 from models.accelerators.base import Accelerator
 from models.plan import Exit, RowPlan, StepPlan
 from models.rows import Row
-from models.schedulers import REGISTRY
+from models.solvers.names import REGISTRY
 from tests.reference import by_pipeline, generators
 
 TEXT: dict[str, Any] = {

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from models import Request, generate, load
 from models.accelerators import CfgStudent
+from models.distill.data import Trajectories
+from models.distill.student import Pair
+from models.distill.task import DistillTask
 from models.errors import RequestError
 from models.training import distill
-from models.training.student import Pair
-from models.training.student_data import Trajectories
-from models.training.student_task import DistillTask
 
 PROMPTS = ["a red circle", "a blue star", "a green ring"]
 OPTIONS: dict[str, Any] = {

@@ -7,7 +7,7 @@ import re
 
 import httpx
 
-from app.main import create_app
+from app.http.main import create_app
 from app.settings import Settings
 
 

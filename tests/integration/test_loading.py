@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from app.loading import load_all
+from app.engine.loading import load_all
+from app.engine.pace import Pace
 from app.metrics import Metrics
-from app.pace import Pace
 from app.settings import Settings
 from models import Backbone, Request, generate, load
 from models.accelerators import DeepCache, DepthSkip

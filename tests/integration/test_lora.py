@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models import Backbone, Request, Result, generate, load
 from models.accelerators import CfgStudent
-from models.adapters import WEIGHT_NAME, load_lora
+from models.adapters.lora import WEIGHT_NAME, load_lora
 from models.errors import ModelLoadError
 from tests.integration.test_mixed import Failing, distance
 from tests.pipelines import save_adapter

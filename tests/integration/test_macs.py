@@ -10,9 +10,9 @@ from diffusers import UNet2DConditionModel
 
 from models import macs
 from models.accelerators import DeepCache, DeltaDiT, DepthSkip
-from models.backbones.unet import truncate
+from models.costs.counter import MacCounter
 from models.errors import ModelLoadError, WrongBackbone
-from models.mac_counter import MacCounter
+from models.networks.unet import truncate
 from models.plan import Exit, RowPlan
 
 CIFAR: dict[str, Any] = {

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from models import Backbone, Plan, Request, advance, generate
 from models.accelerators import CfgStudent, DeepCache, DeltaDiT, DepthSkip, DiTFastAttn, SelectiveGuidance
-from models.attention_plan import METHODS
 from models.generate import start
 from models.plan import Exit, RowPlan
 from models.resolve import resolve
 from models.rows import Row
+from models.search.attention_plan import METHODS
 from models.trajectory import Trajectory
 
 Backbones = Callable[..., Backbone]

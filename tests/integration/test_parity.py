@@ -19,10 +19,10 @@ from diffusers import PixArtAlphaPipeline, StableDiffusionPipeline, UNet2DModel
 from PIL import Image
 
 from models import Backbone, Request, Result, generate, load
-from models.backbones.unet import UNet
+from models.networks.unet import UNet
 from models.plan import RowPlan
 from models.rows import Row
-from models.schedulers import REGISTRY
+from models.solvers.names import REGISTRY
 from tests.pipelines import LAYOUTS, TEXT_LAYOUTS, UNETS
 from tests.reference import Drawn, by_loop, by_pipeline, class_conditioning, generators, text_conditioning
 

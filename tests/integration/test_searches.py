@@ -13,8 +13,8 @@ from PIL import Image
 from models import Backbone, Plan, Request, generate, search_plan, search_warp
 from models.accelerators import DiTFastAttn
 from models.errors import ModelLoadError, RequestError, WrongBackbone
-from models.plan_search import error
-from models.warp_search import climb
+from models.search.attention_search import error
+from models.search.warp_search import climb
 
 STEPS = 4
 

@@ -14,9 +14,9 @@ import httpx
 import pytest
 import torch
 
-from app import decoder, worker
+from app.engine import decoder, worker
+from app.http.main import create_app
 from app.logs import configure
-from app.main import create_app
 from app.serve import Server
 from app.settings import Settings
 from models import Backbone

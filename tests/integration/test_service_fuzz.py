@@ -22,8 +22,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from app.main import create_app
-from app.schemas.requests import GenerationRequest
+from app.http.main import create_app
+from app.http.schemas.requests import GenerationRequest
 from app.settings import Settings
 from models import Backbone
 from models.accelerators import REGISTRY

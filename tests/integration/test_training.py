@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 import models
-from models.training import checkpoint, train
-from models.training.dataset import Dataset
-from models.training.denoiser import DenoiserTask
-from models.training.loop import Options
-from models.training.text import Encoded
+from models.fit import checkpoint
+from models.fit.loop import Options
+from models.shapes import train
+from models.shapes.dataset import Dataset
+from models.shapes.denoiser import DenoiserTask
+from models.shapes.text import Encoded
 
 SMALL = ["--batch", "4", "--scenes", "8", "--captions", "2", "--scales", "1", "4"]
 
@@ -71,7 +72,7 @@ def test_an_interrupted_run_ends_where_one_in_one_piece_does(
 
     save = checkpoint.save
     with monkeypatch.context() as patch:
-        patch.setattr("models.training.train.Options", partial(Options, checkpoint_seconds=0.0))
+        patch.setattr("models.shapes.train.Options", partial(Options, checkpoint_seconds=0.0))
         patch.setattr(checkpoint, "save", save_and_fail)
         with pytest.raises(Interruption):
             _train(patch, *stage, parts)

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import Backbone, Request, advance
+from models.costs.macs import Usage, usage
 from models.generate import start
-from models.macs import Usage, usage
 from models.resolve import resolve
 from tests.integration.test_mixed import CASES, request
 

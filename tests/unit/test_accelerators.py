@@ -21,8 +21,8 @@ from models.accelerators import (
 )
 from models.accelerators.base import Accelerator
 from models.accelerators.deepcache import nonuniform_steps
-from models.attention_plan import Plan
 from models.plan import Exit, StepPlan
+from models.search.attention_plan import Plan
 from tests.unit.specs import dit_spec, run_spec, unet_spec
 
 TABLE: tuple[tuple[str, ...], ...] = (("full", "full"), ("ast", "wa-rs"), ("asc", "wa-rs+asc"))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from app.batcher import LOOKAHEAD, Batcher
-from app.budget import KINDS, Budget
-from app.pace import Pace, knee, retry_after
+from app.engine.batcher import LOOKAHEAD, Batcher
+from app.engine.budget import KINDS, Budget
+from app.engine.pace import Pace, knee, retry_after
 
 
 @dataclass(eq=False)

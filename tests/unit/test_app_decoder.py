@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from app import decoder
-from app.decoder import Decoder
-from app.job import Event, Finished, Job, Lane, Preview
+from app.engine import decoder
+from app.engine.decoder import Decoder
+from app.engine.job import Event, Finished, Job, Lane, Preview
 from app.metrics import Metrics
 from models import Request
 from models.resolve import resolve

@@ -16,13 +16,13 @@ from PIL import Image
 from pydantic import ValidationError
 
 from app import errors
-from app.job import preview_steps
+from app.engine.job import preview_steps
+from app.http.pictures import decode_base64, encode, read
+from app.http.problems import body, translate
+from app.http.routes.generate import image_format
+from app.http.schemas.requests import GenerationRequest, ImagesRequest
 from app.logs import Handler, HumanLines, JsonLines
 from app.metrics import acceleration_label
-from app.pictures import decode_base64, encode, read
-from app.problems import body, translate
-from app.routes.generate import image_format
-from app.schemas.requests import GenerationRequest, ImagesRequest
 from models.accelerators import REGISTRY, DeepCache, NoAcceleration, SelectiveGuidance
 
 

@@ -7,8 +7,8 @@ from itertools import islice
 import pytest
 from PIL import Image
 
-from models.training.checker import Verdict, check, look
-from models.training.shapes import Scene, Thing, draw, render, sample_scenes
+from models.shapes.checker import Verdict, check, look
+from models.shapes.shapes import Scene, Thing, draw, render, sample_scenes
 
 SCENE = Scene("white", (Thing("large", "red", "circle"), Thing("small", "blue", "square")), "above")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.middleware import route_path
+from app.http.middleware import route_path
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from app.proxy import Retryable
+from app.ray.proxy import Retryable
 
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
 

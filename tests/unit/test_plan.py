@@ -6,8 +6,8 @@ import pytest
 
 from models.accelerators import CfgStudent, DeepCache, DeltaDiT, DepthSkip, DiTFastAttn, SelectiveGuidance
 from models.accelerators.base import Accelerator
-from models.attention_plan import Plan
 from models.plan import Exit, Key, Method, RowPlan, StepPlan, StepRows, compile_run, merge
+from models.search.attention_plan import Plan
 from tests.unit.specs import dit_spec, run_spec, unet_spec
 
 

@@ -17,9 +17,9 @@ from models.errors import WrongBackbone
 from models.plan import Exit
 from models.quality import metrics
 from models.quality.cases import ZerosInMemory, cases, cost, defaults
-from models.training import classifier
-from models.training.pictures import to_tensor
-from models.training.shapes import Scene, Thing, render, sample_scenes
+from models.shapes import classifier
+from models.shapes.pictures import to_tensor
+from models.shapes.shapes import Scene, Thing, render, sample_scenes
 
 SCENES = list(islice(sample_scenes(3, held_out=True), 64))
 CAPTIONS = [scene.caption for scene in SCENES]

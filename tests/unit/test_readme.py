@@ -12,12 +12,12 @@ import app.errors
 import models.errors
 from app.cli import app as cli
 from app.errors import Impossible, ServiceError
-from app.main import create_app
+from app.http.main import create_app
 from app.metrics import Metrics
 from app.settings import Settings
 from models.accelerators import REGISTRY
 from models.errors import RequestError
-from models.schedulers import REGISTRY as SCHEDULERS
+from models.solvers.names import REGISTRY as SCHEDULERS
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 

@@ -19,7 +19,6 @@ from models.accelerators import (
     NoAcceleration,
     SelectiveGuidance,
 )
-from models.attention_plan import Plan
 from models.errors import (
     AcceleratorConflict,
     GuidanceRequired,
@@ -31,7 +30,8 @@ from models.errors import (
 )
 from models.request import Request
 from models.resolve import resolve
-from models.schedulers import supported
+from models.search.attention_plan import Plan
+from models.solvers.names import supported
 from models.spec import AdapterInfo, ModelSpec
 from tests.unit.specs import dit_spec, unet_spec
 

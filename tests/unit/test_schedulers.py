@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import OutOfRange, RequestError
-from models.schedulers import REGISTRY, default_name, noise_schedule, supported, warped_timesteps
+from models.solvers.names import REGISTRY, default_name, noise_schedule, supported, warped_timesteps
 
 CONFIG: Any = DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1, clip_sample=False).config
 

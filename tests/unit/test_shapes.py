@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from models.training.shapes import (
+from models.shapes.shapes import (
     COLOURS,
     RADII,
     RELATIONS,

@@ -1,0 +1,109 @@
+"""From settings to warm models: loads each once, runs it once, and measures how many rows a tick pay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import models
+from app.engine.pace import Pace, knee
+from app.logs import SERVER
+from app.metrics import Metrics
+from app.settings import Settings
+from models.backbone import Backbone
+from models.denoise import advance
+from models.device import fast_bfloat16, find_device, keep_freed_memory, out_of_memory, release_memory, wait
+from models.generate import decode, start
+from models.request import Request
+from models.resolve import resolve
+
+MEASURE_SECONDS = 4.0
+"""Time a model may take for measuring its rows a tick."""
+WARM_TICKS = 3
+"""Ticks of one number of rows, of which the fastest counts: the first ones of each number make its buffers."""
+MOST_ROWS = {"cpu": 64, "cuda": 256}
+
+
+def load_all(settings: Settings, metrics: Metrics, pace: Pace) -> tuple[dict[str, Backbone], dict[str, int]]:
+    """Load and warm every model of the settings. Raises `ModelLoadError` for one that cannot be served."""
+    backbones = {Path(name).name: _load(name, settings, metrics) for name in settings.model}
+    return backbones, warm_all(backbones, settings, metrics, pace)
+
+
+def warm_all(backbones: Mapping[str, Backbone], settings: Settings, metrics: Metrics, pace: Pace) -> dict[str, int]:
+    """Run each model once, and return how many rows each of its ticks may have."""
+    caps = {}
+    for name, backbone in backbones.items():
+        metrics.weight_bytes.labels(name, "base").set(backbone.weight_bytes())
+        metrics.weight_bytes.labels(name, "adapter").set(backbone.adapter_bytes())
+        caps[name] = _warm(name, backbone, settings, pace)
+    return caps
+
+
+def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
+    began = time.monotonic()
+    short = Path(name).name
+    device, dtype = find_device(settings.device), settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if fast_bfloat16(device) else "float32"
+    backbone = models.load(
+        name,
+        device=device,
+        dtype=dtype,
+        adapters=settings.files("adapter", short),
+        plans=settings.files("plan", short),
+        depth=settings.blocks(short),
+        compile=settings.compile,
+    )
+    if device.type == "cpu":
+        keep_freed_memory()
+        backbone.channels_last()
+    seconds = time.monotonic() - began
+    metrics.load_seconds.labels(short).set(seconds)
+    megabytes = backbone.weight_bytes() / 2**20
+    SERVER.info("loaded %s in %.1f s: %.0f MiB on %s as %s", short, seconds, megabytes, backbone.device, backbone.dtype)
+    return backbone
+
+
+def _warm(name: str, backbone: Backbone, settings: Settings, pace: Pace) -> int:
+    """One tick and one decode, and the measured cap of rows where the settings leave it open."""
+    spec = backbone.spec
+    if not (spec.has_text_encoder or spec.layout == "dit"):
+        SERVER.warning("%s has no text encoder: requests over HTTP cannot give it a prompt", name)
+        return settings.max_rows if isinstance(settings.max_rows, int) else 2
+
+    def tick(rows: int) -> float:
+        request = Request(prompt="", class_label=0 if spec.layout == "dit" else None, num_inference_steps=WARM_TICKS)
+        run = resolve(spec, backbone.scheduler_config, request)
+        each = run.steps[0].num_rows
+        run = replace(run, seeds=(0,) * max(1, rows // each))
+        trajectories = start(backbone, run)
+        seconds = []
+        for _ in range(WARM_TICKS):
+            began = time.perf_counter()
+            advance(backbone, trajectories)
+            wait(backbone.device)
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    decode(backbone, [start(backbone, resolve(spec, backbone.scheduler_config, _smallest(backbone)))[0].latents])
+    if isinstance(settings.max_rows, int):
+        pace.observe(name, 2, tick(2))
+        return settings.max_rows
+    try:
+        rows = knee(tick, MOST_ROWS.get(backbone.device.type, 64), MEASURE_SECONDS / WARM_TICKS)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        release_memory()
+        rows = 2
+    pace.observe(name, rows, tick(rows))
+    SERVER.info("%s: up to %d rows a tick", name, rows)
+    return rows
+
+
+def _smallest(backbone: Backbone) -> Request:
+    label = 0 if backbone.spec.layout == "dit" else None
+    return Request(prompt="", class_label=label, num_inference_steps=1)

@@ -1,0 +1,253 @@
+"""The device's work, one piece at a time: a tick, then a few decoded images. Runs on the engine thread only."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from app.engine.attempt import attempt
+from app.engine.batcher import Batcher
+from app.engine.budget import Budget, Door
+from app.engine.decoder import Decoder
+from app.engine.job import Event, Failed, Group, Job, Lane, Progress
+from app.engine.pace import Pace
+from app.errors import ForwardFailed, Impossible, Internal, NonFinite, OutOfMemory, ServiceError
+from app.logs import SERVER
+from app.metrics import Metrics
+from app.settings import Settings
+from models.backbone import Backbone
+from models.denoise import advance
+from models.device import Fence, out_of_memory, release_memory
+from models.errors import RequestError
+from models.generate import start
+from models.plan import StepRows
+
+if TYPE_CHECKING:
+    pass
+
+Clock = Callable[[], float]
+
+
+class Worker:
+    """Owns the batcher and everything on the device. `started` and `ended` tell the engine what became of a job."""
+
+    def __init__(
+        self,
+        backbones: Mapping[str, Backbone],
+        max_rows: Mapping[str, int],
+        settings: Settings,
+        metrics: Metrics,
+        pace: Pace,
+        clock: Clock,
+        started: Callable[[Job], None],
+        ended: Callable[[Job, Event], None],
+    ) -> None:
+        self._backbones = backbones
+        self._settings = settings
+        self._metrics = metrics
+        self._pace = pace
+        self._clock = clock
+        self._started = started
+        self._ended = ended
+        self._max_rows = max_rows
+        self._lowered: dict[Group, int] = {}  # caps of groups that ran out of memory
+        self._batcher: Batcher[Lane, Group] = Batcher(self._cap)
+        self._decoder = Decoder(backbones, settings.decode_chunk, metrics, self._end)
+        self._feature_bytes: defaultdict[str, int] = defaultdict(int)
+        self._budget = Budget(settings.max_feature_bytes)
+        self._fence = Fence()
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return len(self._decoder) > 0 or len(self._batcher) > 0
+
+    def add(self, job: Job) -> None:
+        """Take a job in; the tick that first takes one of its images starts it."""
+        for lane in job.lanes:
+            self._batcher.add(lane)
+
+    def drop(self, job: Job) -> None:
+        """Forget a job: its rows are in no later tick, and its memory is free."""
+        for lane in job.lanes:
+            self._batcher.discard(lane)
+            self._remember(lane, 0)
+            self._reserve(lane, 0)
+            lane.trajectory = None
+        self._decoder.drop(job)
+
+    def work(self) -> None:
+        """One tick and one chunk of decoding, so that neither keeps the other waiting."""
+        door, admitted = self._budget.door(), set[Job]()
+        lanes = self._batcher.next(lambda lane: self._admit(lane.job, door, admitted))
+        if lanes:
+            self._tick(lanes)
+        if len(self._decoder):
+            self._decoder.work()
+
+    def _admit(self, job: Job, door: Door, admitted: set[Job]) -> bool:
+        """Whether a job may start: all its images do together, with what they will remember."""
+        if job not in admitted and door.admit(self._budget.need(job.kind) * len(job.lanes)):
+            admitted.add(job)
+        return job in admitted
+
+    def _cap(self, group: Group) -> int:
+        return self._lowered.get(group, self._max_rows[group[0]])
+
+    def _end(self, job: Job, event: Event) -> None:
+        self.drop(job)
+        job.timing.finished = self._clock()
+        self._ended(job, event)
+
+    def _fail(self, lanes: Sequence[Lane], error: Callable[[str], ServiceError], message: str) -> None:
+        for job in {lane.job for lane in lanes}:
+            self._end(job, Failed(error(message)))
+
+    # Starting
+
+    def _start(self, jobs: Sequence[Job], backbone: Backbone) -> None:
+        """Encode the prompts of all jobs as one batch, then make their trajectories; one that fails fails alone."""
+        began = self._clock()
+        prompts = [p for job in jobs for p in _prompts(job)]
+        if backbone.spec.has_text_encoder and backbone.spec.layout != "dit":
+            error = attempt(partial(backbone.conditioner.encode, prompts))
+            if error is not None:
+                SERVER.warning("encoding %d prompts together failed, trying one by one: %s", len(prompts), error)
+        for job in jobs:
+            error = attempt(partial(self._start_one, job, backbone))
+            if error is not None:
+                self._end(job, Failed(_start_error(error)))
+                continue
+            job.timing.started = began
+            self._metrics.queue_seconds.labels(job.model).observe(job.timing.queue)
+            self._metrics.stage_seconds.labels("encode").observe(self._clock() - began)
+            self._started(job)
+
+    def _start_one(self, job: Job, backbone: Backbone) -> None:
+        for lane, trajectory in zip(job.lanes, start(backbone, job.run), strict=True):
+            trajectory.watched = bool(job.preview_steps)
+            lane.trajectory = trajectory
+            self._batcher.begin(lane)
+            self._reserve(lane, self._budget.need(job.kind))
+
+    # Denoising
+
+    def _tick(self, lanes: Sequence[Lane]) -> None:
+        model = lanes[0].job.model
+        backbone = self._backbones[model]
+        fresh = {lane.job: None for lane in lanes if not lane.started}
+        if fresh:
+            self._start(list(fresh), backbone)
+        began = self._clock()
+        rows, plans = 0, set()
+        for lane in lanes:
+            if lane.trajectory is not None:
+                rows += lane.trajectory.num_rows
+                plans.add(_asked(lane.trajectory.plan))
+        if not rows:
+            return
+        stepped = self._advance(lanes, backbone)
+        self._fence.mark(backbone.device)
+        seconds = self._clock() - began
+        if not stepped:
+            return
+        self._pace.observe(model, rows, seconds)
+        self._metrics.tick_seconds.labels(model).observe(seconds)
+        self._metrics.tick_rows.labels(model).observe(rows)
+        self._metrics.tick_plans.labels(model).observe(len(plans))
+        self._after(stepped)
+
+    def _advance(self, lanes: Sequence[Lane], backbone: Backbone) -> list[Lane]:
+        """Advance what can be advanced and return it. Out of memory halves the batch, until single images fail."""
+        parts = deque([list(lanes)])
+        stepped: list[Lane] = []
+        while parts:
+            part = {lane: lane.trajectory for lane in parts.popleft() if lane.trajectory is not None}
+            if not part:
+                continue
+            before = {lane: lane.step for lane in part}
+            reduced = {lane: trajectory.plan.reduced for lane, trajectory in part.items()}
+            rows = sum(trajectory.num_rows for trajectory in part.values())
+            error = attempt(partial(advance, backbone, list(part.values())))
+            if error is None or out_of_memory(error):
+                done = [lane for lane in part if lane.step > before[lane]]
+                stepped += done
+                self._count_steps(done, reduced)
+            if error is None:
+                continue
+            left = [lane for lane in part if lane.step == before[lane]]
+            if not out_of_memory(error):
+                SERVER.error("a tick of %d images failed", len(part), exc_info=error)
+                self._fail(list(part), ForwardFailed, "the model failed on this batch")
+                continue
+            self._metrics.out_of_memory.inc()
+            release_memory()
+            if len(part) == 1:
+                self._fail(left, OutOfMemory, "the device has not enough memory for this request")
+                continue
+            SERVER.warning("out of memory with %d rows, trying halves", rows)
+            self._lowered[left[0].group] = max(1, rows // 2)
+            middle = (len(left) + 1) // 2
+            parts.extendleft(half for half in (left[middle:], left[:middle]) if half)
+        return [lane for lane in stepped if lane.started]
+
+    def _count_steps(self, lanes: Sequence[Lane], reduced: Mapping[Lane, bool]) -> None:
+        for lane in lanes:
+            kind = "reduced" if reduced[lane] else "full"
+            self._metrics.steps.labels(lane.job.model, lane.job.acceleration, kind).inc()
+
+    def _after(self, lanes: Sequence[Lane]) -> None:
+        """Hand over what a tick brought: progress, previews, finished latents."""
+        for lane in lanes:
+            trajectory, job = lane.trajectory, lane.job
+            if trajectory is None:  # its job failed with another of its images
+                continue
+            self._remember(lane, trajectory.memory_bytes())
+            if trajectory.done:
+                self._reserve(lane, 0)
+                self._batcher.discard(lane)
+                if not trajectory.finite():
+                    self._fail(
+                        [lane], NonFinite, "the image ended in NaN or infinity; another seed or scheduler may do"
+                    )
+                    continue
+                self._decoder.add(lane, trajectory.latents)
+                job.timing.denoised = self._clock()
+            elif trajectory.step in job.preview_steps:
+                self._decoder.add(lane, trajectory.preview(), trajectory.step)
+        for job in {lane.job: None for lane in lanes if lane.started and lane.job.progress}:
+            job.post(Progress(job.steps_done, job.total_steps))
+
+    def _remember(self, lane: Lane, size: int) -> None:
+        if size != lane.feature_bytes:
+            self._feature_bytes[lane.job.model] += size - lane.feature_bytes
+            lane.feature_bytes = size
+            self._metrics.feature_bytes.labels(lane.job.model).set(self._feature_bytes[lane.job.model])
+            self._budget.observe(lane.job.kind, size)
+            if size > lane.reserved:
+                self._reserve(lane, size)
+
+    def _reserve(self, lane: Lane, size: int) -> None:
+        self._budget.reserved += size - lane.reserved
+        lane.reserved = size
+
+
+def _prompts(job: Job) -> list[str | None]:
+    request = job.run.request
+    return [request.prompt, request.negative_prompt] if job.run.guided else [request.prompt]
+
+
+def _start_error(error: Exception) -> ServiceError:
+    if isinstance(error, RequestError):
+        return Impossible.of(error)
+    if out_of_memory(error):
+        return OutOfMemory("the device has not enough memory to start this request")
+    SERVER.error("a request could not be started", exc_info=error)
+    return Internal("the request could not be started")
+
+
+def _asked(step: StepRows) -> tuple[object, ...]:
+    """What a step does, without what it remembers: equal for steps that run the same."""
+    return tuple((p.exit, p.cached, p.attention, p.window, p.adapter) for p in step)

@@ -1,0 +1,1 @@
+"""HTTP: the application, its routes and schemas, and a request from its handler's side."""

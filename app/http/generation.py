@@ -1,0 +1,181 @@
+"""One accepted request from its handler's side: its events, and its answer as JSON or as a file."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from app.engine.job import Event, Failed, Finished, Job, Preview
+from app.errors import ClientGone, DeadlineExceeded, ServiceError
+from app.http.pictures import encode, to_base64
+from app.http.record import Record
+from app.http.schemas.requests import GenerationRequest
+from app.http.schemas.responses import GeneratedImage, GenerationBody, TimingBody, UsageBody
+from models.costs.macs import Usage
+
+if TYPE_CHECKING:
+    from app.http.service import Service
+
+_REPEATED = {"prompt", "negative_prompt", "class_label", "timestep_warp"}
+
+
+class Mailbox:
+    """Carries events from the engine thread to the loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def post(self, event: Event) -> None:
+        """Put an event in; any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop is closed: nobody is left to read
+            return
+
+    async def get(self) -> Event:
+        """The next event."""
+        return await self._events.get()
+
+
+@dataclass(eq=False)
+class Generation:
+    """One accepted request, from its handler's side. Whoever opens it must `leave` it."""
+
+    service: Service
+    job: Job
+    mailbox: Mailbox
+    asked: GenerationRequest
+    record: Record
+    began: float
+    deadline: float
+    costs: asyncio.Future[Usage]
+    picture_digest: str | None
+    finished: Finished | None = None
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Every event up to `Finished`. Raises what the job failed with, or `DeadlineExceeded`."""
+        try:
+            while self.finished is None:
+                async with asyncio.timeout_at(self.deadline):
+                    event = await self.mailbox.get()
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, Finished):
+                    self.finished = event
+                yield event
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed before the images were done", param="timeout_seconds") from None
+
+    async def result(self) -> GenerationBody:
+        """Wait for the images, and encode them for JSON."""
+        async for _ in self.events():
+            pass
+        return await self.body()
+
+    async def result_bytes(self) -> tuple[GenerationBody, bytes]:
+        """Wait for the image, and encode it as it is."""
+        async for _ in self.events():
+            pass
+        files = await self.files()
+        return await self._body([]), files[0]
+
+    async def body(self) -> GenerationBody:
+        """The answer of a finished generation."""
+        files = await self.files()
+        return await self._body(
+            [
+                GeneratedImage(b64_json=data, seed=seed)
+                for data, seed in zip(await self.service.clerk(_all_base64, files), self.job.run.seeds, strict=True)
+            ]
+        )
+
+    async def _body(self, images: list[GeneratedImage]) -> GenerationBody:
+        timing, costs, run = self.job.timing, await self.costs, self.job.run
+        return GenerationBody.model_construct(
+            id=self.job.id,
+            created=int(time.time()),
+            model=self.job.model,
+            images=images,
+            acceleration=list(run.accelerators),
+            usage=UsageBody(
+                steps=costs.steps, rows=costs.rows, macs=costs.macs, macs_unaccelerated=costs.macs_unaccelerated
+            ),
+            timing=TimingBody(
+                queue_seconds=round(timing.queue, 6),
+                denoise_seconds=round(timing.denoise, 6),
+                decode_seconds=round(timing.decode, 6),
+                total_seconds=round(self.service.engine.clock() - self.began, 6),
+            ),
+            width=run.width,
+            height=run.height,
+            output_format=self.asked.output_format,
+        )
+
+    async def files(self) -> list[bytes]:
+        """The images of a finished generation as files; counts them."""
+        if self.finished is None:
+            raise RuntimeError("wait for the generation first")
+        metrics, timing = self.service.metrics, self.job.timing
+        began = time.monotonic()
+        files = [
+            await self.service.clerk(encode, image, self.asked.output_format, self.facts(seed), seed)
+            for image, seed in zip(self.finished.images, self.job.run.seeds, strict=True)
+        ]
+        costs = await self.costs
+        for stage, seconds in (
+            ("denoise", timing.denoise),
+            ("decode", timing.decode),
+            ("serialize", time.monotonic() - began),
+        ):
+            metrics.stage_seconds.labels(stage).observe(seconds)
+        metrics.images.labels(self.job.model).inc(len(files))
+        metrics.macs.labels(self.job.model, "computed").inc(costs.macs)
+        metrics.macs.labels(self.job.model, "saved").inc(max(0, costs.macs_unaccelerated - costs.macs))
+        return files
+
+    async def preview(self, event: Preview) -> str:
+        """A partial image as base64."""
+        seed = self.job.run.seeds[event.index]
+        file = await self.service.clerk(encode, event.image, self.asked.output_format, self.facts(seed), seed)
+        return await self.service.clerk(to_base64, file)
+
+    def facts(self, seed: int) -> dict[str, Any]:
+        """The request that makes one image again."""
+        run, asked = self.job.run, self.asked
+        facts = asked.model_dump(include=_REPEATED, exclude_none=True)
+        return (
+            facts
+            | {
+                "model": self.job.model,
+                "width": run.width,
+                "height": run.height,
+                "num_inference_steps": run.num_inference_steps,
+                "guidance_scale": run.guidance_scale,
+                "scheduler": run.scheduler,
+                "seed": seed,
+                "acceleration": [a.model_dump(mode="json", by_alias=True) for a in run.accelerators],
+            }
+            | ({} if self.picture_digest is None else {"image_sha256": self.picture_digest, "strength": asked.strength})
+        )
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Nobody waits any more: what is not done is dropped at the next tick, and counted by its cause."""
+        self.costs.cancel()
+        if self.finished is not None:
+            return
+        self.service.engine.cancel(self.job)
+        if isinstance(error, DeadlineExceeded):
+            self.service.metrics.cancelled.labels("deadline").inc()
+        elif not isinstance(error, ServiceError) or isinstance(error, ClientGone):
+            self.record.failed(ClientGone("the client left before its answer"))
+            self.service.metrics.cancelled.labels("client").inc()
+        elif error.status == 503:
+            self.service.metrics.cancelled.labels("shutdown").inc()
+
+
+def _all_base64(files: list[bytes]) -> list[str]:
+    return [to_base64(file) for file in files]

@@ -1,0 +1,102 @@
+"""The application: everything put together, and the lifespan that owns the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.staticfiles import StaticFiles
+
+from app.engine.engine import Engine, Loaded
+from app.engine.loading import load_all, warm_all
+from app.engine.pace import Pace
+from app.http import problems
+from app.http.middleware import Authorize, LimitBody, Observe
+from app.http.routes import docs, generate, info, openai
+from app.http.service import Service
+from app.metrics import Metrics
+from app.settings import Settings
+from models.backbone import Backbone
+
+DESCRIPTION = "Diffusion inference where each request chooses its own acceleration and all share one batch."
+ALWAYS_OPEN = ("/health/", "/", "/web/")
+"""Paths that never ask for a key: health, and the playground's files, which hold no data and ask for the key."""
+
+
+def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbone] | None = None) -> FastAPI:
+    """The server as an ASGI app. `backbones` are served as they are; without them the settings' models are loaded."""
+    settings = settings or Settings()
+    metrics = Metrics()
+    metrics.build.info({"version": distribution_version(), "torch": torch.__version__, "device": settings.device})
+    engine = Engine(_loader(settings, metrics, backbones), settings, metrics)
+    service = Service(settings, engine, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        engine.drain()
+        engine.close()
+        service.close()
+
+    app = FastAPI(
+        title="Slipstream",
+        description=DESCRIPTION,
+        version=distribution_version(),
+        lifespan=lifespan,
+        middleware=_middleware(settings, metrics),
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.settings, app.state.metrics, app.state.engine, app.state.service = settings, metrics, engine, service
+    app.state.created = time.time()
+    problems.install(app)
+    for module in (generate, openai, info, docs):
+        app.include_router(module.router)
+    app.mount("/docs-assets", docs.ASSETS, name="docs-assets")
+    app.mount("/web", StaticFiles(directory=info.WEB), name="web")
+    return app
+
+
+def distribution_version() -> str:
+    """The installed version; 0 in a bare checkout."""
+    try:
+        return version("slipstream-diffusion")
+    except PackageNotFoundError:
+        return "0"
+
+
+def _loader(settings: Settings, metrics: Metrics, backbones: Mapping[str, Backbone] | None) -> Callable[[Pace], Loaded]:
+    if backbones is None:
+        return partial(load_all, settings, metrics)
+    return lambda pace: (backbones, warm_all(backbones, settings, metrics, pace))
+
+
+def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
+    """Outermost first."""
+    stack = [Middleware(Observe, metrics=metrics, cors=bool(settings.cors_origins))]
+    if settings.cors_origins:
+        exposed = ["X-Request-Id", "Retry-After", *(f"X-Slipstream-{name}" for name in ("Id", "Seed", "Model"))]
+        stack.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.cors_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+                expose_headers=exposed,
+            )
+        )
+    if settings.api_keys:
+        keys = [key.get_secret_value() for key in settings.api_keys]
+        open_paths = ALWAYS_OPEN if settings.metrics_require_key else (*ALWAYS_OPEN, "/metrics")
+        stack.append(Middleware(Authorize, keys=keys, open_paths=open_paths))
+    stack.append(Middleware(LimitBody, max_bytes=settings.max_body_bytes))
+    return stack

@@ -1,0 +1,164 @@
+"""What happens around every request, as plain ASGI: its id and record, the key, the size of its body, safe headers."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import ClientGone, Internal, ServiceError, TooLarge, Unauthorized
+from app.http.problems import answer
+from app.http.record import Record
+from app.logs import REQUESTS
+from app.metrics import Metrics
+
+ENDPOINTS = ("/generate", "/v1/images/generations", "/v1/images/edits")
+"""Routes that are counted, by their path."""
+ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+SAFE_HEADERS = {
+    "Content-Security-Policy": PAGE_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+}
+
+
+def route_path(scope: Scope) -> str:
+    """The path that routes are matched by: a proxy may serve the app under a prefix, which ASGI calls root_path."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path.removeprefix(root) if path == root or path.startswith(f"{root}/") else path
+
+
+class Observe:
+    """Outermost: takes or makes the request id, answers what nobody caught, counts and logs every request once."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, cors: bool) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._headers = {k: v for k, v in SAFE_HEADERS.items() if not (cors and k == "Cross-Origin-Resource-Policy")}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with a fresh `Record` in its state."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+        given = Headers(scope=scope).get("x-request-id", "")
+        record = Record(given if ID.fullmatch(given) else uuid.uuid4().hex)
+        if scope["method"] == "POST" and (path := route_path(scope)) in ENDPOINTS:
+            record.endpoint = path
+        scope.setdefault("state", {})["record"] = record
+        started = False
+
+        async def observed(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                record.status = record.status or message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = record.request_id
+                for name, value in self._headers.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed)
+        except OSError:
+            record.failed(ClientGone("the client left while it was being answered"))
+        except Exception:
+            record.failed(Internal("an internal error; the server's log has it under this request's X-Request-Id"))
+            REQUESTS.exception("unforeseen", extra={"facts": {"request_id": record.request_id}})
+            if not started:
+                await answer(Internal(record.error))(scope, receive, observed)
+        finally:
+            self._finish(scope, record, time.monotonic() - began)
+
+    def _finish(self, scope: Scope, record: Record, seconds: float) -> None:
+        if record.endpoint:
+            labels = (record.model, record.acceleration, record.outcome)
+            self._metrics.requests.labels(record.endpoint, *labels).inc()
+            self._metrics.request_seconds.labels(*labels).observe(seconds)
+        facts = {"request_id": record.request_id, "method": scope["method"], "path": scope["path"]}
+        facts |= {"status": record.status, "seconds": round(seconds, 4)}
+        if record.endpoint:
+            facts |= {"model": record.model, "acceleration": record.acceleration, "outcome": record.outcome}
+        facts |= {"code": record.code, "error": record.error} if record.code else {}
+        quiet = not record.endpoint and (record.status < 400 or scope["path"].startswith("/health/"))
+        REQUESTS.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"facts": facts | record.facts})
+
+
+class Authorize:
+    """Asks for `Authorization: Bearer KEY`, except on open paths. Keys are compared in constant time."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+        self._open = tuple(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on if it may."""
+        if scope["type"] != "http" or self._allowed(scope):
+            await self._app(scope, receive, send)
+            return
+        await _refuse(Unauthorized("give a valid key as 'Authorization: Bearer KEY'"), scope, receive, send)
+
+    def _allowed(self, scope: Scope) -> bool:
+        path = route_path(scope)
+        if any(
+            path == known or (known.endswith("/") and known != "/" and path.startswith(known)) for known in self._open
+        ):
+            return True
+        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        matches = [hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), key) for key in self._keys]
+        return any(matches) and scheme.lower() == "bearer"
+
+
+class LimitBody:
+    """Refuses bodies above a size, whether they say so beforehand or not."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with a `receive` that counts."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        error = TooLarge(f"the body is larger than {self._max} bytes")
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdigit() and int(declared) > self._max:
+            await _refuse(error, scope, receive, send)
+            return
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._max:
+                raise HTTPException(413)  # what FastAPI lets through while it reads a body
+            return message
+
+        await self._app(scope, counted, send)
+
+
+async def _refuse(error: ServiceError, scope: Scope, receive: Receive, send: Send) -> None:
+    scope["state"]["record"].failed(error)
+    await answer(error)(scope, receive, send)

@@ -1,0 +1,1 @@
+"""The routes: handlers of a few lines over `app.http.service`."""

@@ -1,0 +1,104 @@
+"""What the generating routes share: the service of a request, waiting while the client is there, streaming events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from app.errors import ClientGone, ServiceError
+from app.http.generation import Generation
+from app.http.problems import body as error_body
+from app.http.problems import translate
+from app.http.schemas.requests import GenerationRequest
+from app.http.service import Service
+
+T = TypeVar("T")
+Spell = Callable[[Generation], AsyncIterator[tuple[str, dict[str, Any]]]]
+"""How a route spells the events of a stream: names and data."""
+
+
+def service_of(request: Request) -> Service:
+    """The service behind the app."""
+    service: Service = request.app.state.service
+    return service
+
+
+async def respond(
+    request: Request,
+    asked: GenerationRequest,
+    finish: Callable[[Generation], Coroutine[Any, Any, Response]],
+    spell: Spell,
+    picture: bytes | None = None,
+) -> Response:
+    """Open a generation and answer with its stream, or with what `finish` makes of it."""
+    generation = await service_of(request).open(asked, request.state.record, picture)
+    if asked.stream:
+        return Stream(generation, spell)
+    error: BaseException | None = ClientGone("the handler was cancelled")
+    try:
+        response = await while_connected(request, finish(generation))
+        error = None
+        return response
+    except ServiceError as raised:
+        error = raised
+        raise
+    finally:
+        generation.leave(error)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work; raise `ClientGone` as soon as the client leaves."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_departure(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone("the client left before its answer")
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _departure(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Stream(EventSourceResponse):
+    """A generation as Server-Sent Events. However it ends, also before its first event, the generation is left."""
+
+    def __init__(self, generation: Generation, spell: Spell) -> None:
+        super().__init__(self._events(generation, spell), ping=15, sep="\n")
+        self._generation = generation
+        self._error: ServiceError | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.leave(self._error)
+
+    async def _events(self, generation: Generation, spell: Spell) -> AsyncIterator[ServerSentEvent]:
+        try:
+            async for name, data in spell(generation):
+                yield event(name, data)
+        except Exception as raised:
+            self._error = translate(raised)
+            generation.record.failed(self._error)
+            generation.record.status = 200  # which has been sent already
+            yield event("error", error_body(self._error))
+
+
+def event(name: str, data: dict[str, Any]) -> ServerSentEvent:
+    """One event of a stream."""
+    return ServerSentEvent(json.dumps(data), event=name)

@@ -1,0 +1,154 @@
+"""The bodies of requests: every field with its type, default and meaning. Unknown fields are refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+from models.accelerators import REGISTRY, Accelerator
+from models.solvers.names import REGISTRY as SCHEDULERS
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+MAX_ACCELERATORS = len(REGISTRY)
+
+if TYPE_CHECKING:
+    AnyAccelerator = Accelerator
+else:
+    # Any accelerator, told apart by `mode`. Made from the registry: a new one is known here without a change.
+    AnyAccelerator = Annotated[Union[tuple(REGISTRY.values())], Field(discriminator="mode")]  # noqa: UP007
+
+_STRICT: TypeAdapter[Accelerator] = TypeAdapter(AnyAccelerator)
+
+
+def _strictly(value: Any, _: ValidatorFunctionWrapHandler) -> Accelerator:
+    """Validate without conversions, as the rest of the body: "3" is no integer."""
+    return _STRICT.validate_python(value, strict=True)
+
+
+OneAccelerator = Annotated[AnyAccelerator, WrapValidator(_strictly)]
+Acceleration = Annotated[
+    Annotated[OneAccelerator, Tag("one")]
+    | Annotated[list[OneAccelerator], Field(max_length=MAX_ACCELERATORS), Tag("many")],
+    Discriminator(lambda value: "many" if isinstance(value, (list, tuple)) else "one"),
+]
+
+
+def _encodable(text: str) -> str:
+    """JSON can spell half a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("is not valid Unicode text") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 2**16)]
+
+EXAMPLE: dict[str, Any] = {
+    "prompt": "a large red circle above a small blue square on a white background",
+    "num_inference_steps": 25,
+    "guidance_scale": 2.0,
+    "seed": 7,
+    "acceleration": {"mode": "deepcache", "interval": 3},
+}
+COMPOSED: dict[str, Any] = {
+    "prompt": "a green ring on a black background",
+    "model": "shapes-sd",
+    "scheduler": "dpmpp_2m",
+    "acceleration": [{"mode": "deepcache", "interval": 2}, {"mode": "selective_guidance", "stop": 0.6}],
+    "stream": True,
+    "partial_images": 2,
+}
+
+
+class GenerationFields(BaseModel):
+    """What every generating route takes. `null` or absent means the model's default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    prompt: Text = Field(description='The text. "" for models that are conditioned on `class_label`.')
+    negative_prompt: Text | None = Field(None, description="What to steer away from.")
+    model: Text | None = Field(None, description="One of GET /v1/models; default the server's first.")
+    class_label: int | None = Field(None, ge=0, description="The class, for class-conditional models.")
+    width: int | None = Field(None, ge=1, description="Pixels; a multiple of what the model allows.")
+    height: int | None = Field(None, ge=1, description="Pixels; a multiple of what the model allows.")
+    num_inference_steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps.")
+    guidance_scale: float | None = Field(None, ge=0, le=100, description="Classifier-free guidance; 1 or less: none.")
+    seed: Seed | None = Field(None, description="Image i is drawn from seed + i; default a random seed.")
+    num_images: int = Field(1, ge=1, le=1000, description="How many images.")
+    scheduler: Text | None = Field(None, description=f"Noise scheduler: {', '.join(SCHEDULERS)}.")
+    image: Text | None = Field(None, description="Base64 PNG, JPEG or WebP: makes it image-to-image.")
+    strength: float = Field(0.8, ge=0, le=1, description="Image-to-image: share of the steps that is run.")
+    timestep_warp: float = Field(1.0, ge=0.05, le=20, description="Spacing of the time steps; below 1 leans noisy.")
+    acceleration: Acceleration | None = Field(None, description="One accelerator, or a list of them, composed.")
+    output_format: OutputFormat = Field("png", description="How images are encoded.")
+    stream: bool = Field(False, description="Answer with Server-Sent Events.")
+    partial_images: int = Field(0, ge=0, le=10, description="Previews in a stream.")
+    timeout_seconds: float | None = Field(None, gt=0, description="Deadline; at most, and by default, the server's.")
+
+    @property
+    def accelerators(self) -> tuple[Accelerator, ...]:
+        """The accelerators as a tuple, however they were given."""
+        if self.acceleration is None:
+            return ()
+        return tuple(self.acceleration) if isinstance(self.acceleration, list) else (self.acceleration,)
+
+
+class GenerationRequest(GenerationFields):
+    """The body of POST /generate."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE, COMPOSED]})
+
+
+class ImagesRequest(GenerationFields):
+    """The body of POST /v1/images/generations: OpenAI's fields, and every field of /generate beside them."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"prompt": EXAMPLE["prompt"], "model": "shapes-sd", "n": 1, "size": "64x64"}],
+        }
+    )
+
+    n: int | None = Field(None, ge=1, le=1000, description="How many images; the same as `num_images`.")
+    size: Text | None = Field(None, pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$", description="WIDTHxHEIGHT, or auto.")
+    response_format: Literal["b64_json"] | None = Field(
+        None, description="Images come in the answer; there are no URLs."
+    )
+    user: Text | None = Field(None, max_length=512, description="Taken and not used.")
+
+    @model_validator(mode="after")
+    def _say_it_once(self) -> Self:
+        if self.n is not None and "num_images" in self.model_fields_set and self.n != self.num_images:
+            raise ValueError("n and num_images differ; give one of them")
+        if self.size not in (None, "auto") and {"width", "height"} & self.model_fields_set:
+            raise ValueError("size and width or height are both given; give one of them")
+        return self
+
+    def plain(self) -> GenerationRequest:
+        """The same request as /generate takes it."""
+        fields = {name: getattr(self, name) for name in GenerationFields.model_fields}
+        if self.n is not None:
+            fields["num_images"] = self.n
+        if self.size not in (None, "auto"):
+            fields["width"], fields["height"] = (int(side) for side in str(self.size).split("x"))
+        return GenerationRequest.model_construct(**fields)
+
+
+FIELD_NAMES = frozenset(
+    {*ImagesRequest.model_fields}
+    | {info.alias or name for accelerator in REGISTRY.values() for name, info in accelerator.model_fields.items()}
+)
+"""Every name that a body may use; the path of an error is made of these."""

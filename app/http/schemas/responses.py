@@ -1,0 +1,176 @@
+"""The bodies of answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from app.http.schemas.requests import AnyAccelerator, OutputFormat
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, in OpenAI's shape."""
+
+    message: str = Field(description="For people.")
+    type: str = Field(description="The kind of error.", examples=["invalid_request_error"])
+    param: str | None = Field(description="The field at fault, where there is one.", examples=["num_inference_steps"])
+    code: str = Field(description="For programs.", examples=["out_of_range"])
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: ErrorDetail
+
+
+class GeneratedImage(BaseModel):
+    """One image, and the seed that makes it again."""
+
+    b64_json: str
+    seed: int
+
+
+class UsageBody(BaseModel):
+    """What the request cost: evaluations an image, rows in all, multiply-accumulates with and without acceleration."""
+
+    steps: int
+    rows: int
+    macs: int
+    macs_unaccelerated: int
+
+
+class TimingBody(BaseModel):
+    """Where the time went, in seconds. `denoise` begins with the first tick and includes encoding the text."""
+
+    queue_seconds: float
+    denoise_seconds: float
+    decode_seconds: float
+    total_seconds: float
+
+
+class GenerationBody(BaseModel):
+    """The answer of POST /generate, and the data of a stream's `completed`."""
+
+    id: str
+    created: int = Field(description="Unix time.")
+    model: str
+    images: list[GeneratedImage]
+    acceleration: list[AnyAccelerator] = Field(description="The accelerators with every default filled in.")
+    usage: UsageBody
+    timing: TimingBody
+    width: int
+    height: int
+    output_format: OutputFormat
+
+
+class OpenAIImage(BaseModel):
+    """One image as OpenAI's API gives it, with its seed."""
+
+    b64_json: str
+    seed: int
+
+
+class ImagesBody(BaseModel):
+    """The answer of the OpenAI routes: theirs, and what /generate says beside it."""
+
+    created: int
+    data: list[OpenAIImage]
+    id: str
+    model: str
+    acceleration: list[AnyAccelerator]
+    usage: UsageBody
+    timing: TimingBody
+    size: str
+    width: int
+    height: int
+    output_format: OutputFormat
+
+    @classmethod
+    def of(cls, body: GenerationBody) -> ImagesBody:
+        """The same answer in OpenAI's shape."""
+        shared = {name: getattr(body, name) for name in cls.model_fields if name in GenerationBody.model_fields}
+        data = [OpenAIImage(b64_json=image.b64_json, seed=image.seed) for image in body.images]
+        return cls.model_construct(data=data, size=f"{body.width}x{body.height}", **shared)
+
+
+class AcceleratorBody(BaseModel):
+    """One mode of acceleration."""
+
+    mode: str
+    title: str
+    paper: str
+    families: list[str] = Field(description="Kinds of backbone it works on.")
+    models: list[str] = Field(description="Models of this server that it fits.")
+    parameters: dict[str, Any] = Field(description="JSON Schema of its fields.")
+
+
+class AcceleratorsBody(BaseModel):
+    """The answer of GET /accelerators."""
+
+    object: str = "list"
+    data: list[AcceleratorBody]
+
+
+class AdapterBody(BaseModel):
+    """A guidance student."""
+
+    name: str
+    guidance_scale: float
+    rank: int
+    parameters: int
+    negative_prompt: str
+
+
+class PlanBody(BaseModel):
+    """A DiTFastAttn plan, and the run that it fits."""
+
+    name: str
+    scheduler: str
+    num_inference_steps: int
+    tokens: int
+    guidance: bool
+    window: int
+    threshold: float
+
+
+class ModelBody(BaseModel):
+    """One model, as OpenAI lists it and with everything that a request may ask of it."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "slipstream"
+    default: bool = Field(description="Whether requests that name no model get this one.")
+    description: str
+    family: str
+    layout: str
+    native_width: int
+    native_height: int
+    size_multiple: int
+    default_num_inference_steps: int
+    default_guidance_scale: float
+    default_scheduler: str
+    schedulers: list[str]
+    conditioning: str = Field(description="text or class: whether it takes `prompt` or `class_label`.")
+    num_classes: int | None
+    image_to_image: bool
+    accelerators: list[AcceleratorBody]
+    adapters: list[AdapterBody]
+    plans: list[PlanBody]
+    examples: list[str]
+    prompt_grammar: dict[str, Any] | None
+    max_rows: int = Field(description="Rows a tick.")
+
+
+class ModelsBody(BaseModel):
+    """The answer of GET /v1/models."""
+
+    object: str = "list"
+    data: list[ModelBody]
+
+
+class HealthBody(BaseModel):
+    """The answer of the health routes."""
+
+    status: str

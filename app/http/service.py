@@ -1,0 +1,143 @@
+"""From a validated body to a job: checks limits, resolves the run, hands it to the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+from app.engine.engine import Engine
+from app.engine.job import Job
+from app.errors import Impossible, ModelNotFound, ServiceError
+from app.http.generation import Generation, Mailbox
+from app.http.pictures import decode_base64, read
+from app.http.record import Record
+from app.http.schemas.requests import GenerationRequest
+from app.metrics import Metrics, acceleration_label
+from app.settings import Settings
+from models.backbone import Backbone
+from models.costs.macs import Usage, usage
+from models.device import set_threads
+from models.request import Request, Run
+from models.resolve import resolve
+
+T = TypeVar("T")
+CLERKS = 2
+"""Threads for what is neither the loop's work nor the engine's: reading and writing pictures, checking runs.
+
+Each computes alone: with a second team of OpenMP threads in the process, GCC's runtime takes the cores for
+oversubscribed, puts waiting threads to sleep at once, and a step on the engine's thread takes twice as long.
+"""
+
+
+class Service:
+    """What the routes work with."""
+
+    def __init__(self, settings: Settings, engine: Engine, metrics: Metrics) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.metrics = metrics
+        self._clerks = ThreadPoolExecutor(CLERKS, "clerk", initializer=set_threads, initargs=(1,))
+        self._counting = threading.Lock()
+
+    def close(self) -> None:
+        """Let the clerks go."""
+        self._clerks.shutdown(wait=False, cancel_futures=True)
+
+    async def clerk(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Do something off the loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._clerks, partial(work, *arguments))
+
+    def backbone(self, name: str | None) -> Backbone:
+        """A served model; the first where none is named."""
+        backbones = self.engine.backbones
+        known = name if name is not None else next(iter(backbones))
+        if known not in backbones:
+            raise ModelNotFound(f"model: {known!r} is not served; one of {', '.join(backbones)}", param="model")
+        return backbones[known]
+
+    async def open(self, asked: GenerationRequest, record: Record, picture: bytes | None = None) -> Generation:
+        """Check a request, resolve it and hand it to the engine. Raises what the client is to be told."""
+        began, loop = self.engine.clock(), asyncio.get_running_loop()
+        try:
+            self.engine.check()
+            name = asked.model if asked.model is not None else next(iter(self.engine.backbones))
+            backbone = self.backbone(name)
+            record.model = name
+            record.acceleration = acceleration_label(asked.accelerators)
+            self.limit(asked)
+            run, digest = await self.clerk(self._resolve, backbone, asked, picture)
+            mailbox = Mailbox(loop)
+            job = Job(
+                id=f"gen-{record.request_id}",
+                model=name,
+                run=run,
+                acceleration=acceleration_label(run.accelerators),
+                post=mailbox.post,
+                progress=asked.stream,
+                previews=asked.partial_images if asked.stream else 0,
+            )
+            self.engine.submit(job)
+        except ServiceError as error:
+            if error.outcome == "rejected":
+                self.metrics.rejected.labels(error.code).inc()
+            raise
+        costs = loop.run_in_executor(self._clerks, self._usage, backbone, run)
+        seconds = asked.timeout_seconds or self.settings.deadline_seconds
+        return Generation(self, job, mailbox, asked, record, began, loop.time() + seconds, costs, digest)
+
+    def limit(self, asked: GenerationRequest) -> None:
+        """Hold a request against the settings. Raises `Impossible` with the field and the limit."""
+        settings = self.settings
+        for name, most in {
+            "num_inference_steps": settings.max_steps,
+            "num_images": settings.max_images,
+            "timeout_seconds": settings.deadline_seconds,
+        }.items():
+            value = getattr(asked, name)
+            if value is not None and value > most:
+                raise Impossible(f"{name}: {value} is more than this server's {most}", param=name)
+        for name in ("prompt", "negative_prompt"):
+            text = getattr(asked, name) or ""
+            if len(text) > settings.max_prompt_length:
+                most = settings.max_prompt_length
+                raise Impossible(f"{name}: {len(text)} characters are more than this server's {most}", param=name)
+
+    def _resolve(self, backbone: Backbone, asked: GenerationRequest, data: bytes | None) -> tuple[Run, str | None]:
+        """On a clerk's thread: the uploaded picture, then every check of the library."""
+        spec, limit = backbone.spec, self.settings.max_pixels
+        if limit == "auto":
+            limit = 4 * spec.native_width * spec.native_height
+        width, height = asked.width or spec.native_width, asked.height or spec.native_height
+        if width * height > limit:
+            field = "width" if asked.width is not None else "height"
+            raise Impossible(f"{field}: {width}x{height} is more than this server's {limit} pixels", param=field)
+        if data is None and asked.image is not None:
+            data = decode_base64(asked.image)
+        request = Request(
+            prompt=asked.prompt,
+            negative_prompt=asked.negative_prompt,
+            width=asked.width,
+            height=asked.height,
+            num_inference_steps=asked.num_inference_steps,
+            guidance_scale=asked.guidance_scale,
+            seed=random.getrandbits(32) if asked.seed is None else asked.seed,
+            num_images=asked.num_images,
+            scheduler=asked.scheduler,
+            image=None if data is None else read(data, self.settings.max_image_pixels),
+            strength=asked.strength,
+            timestep_warp=asked.timestep_warp,
+            acceleration=asked.accelerators,
+            class_label=asked.class_label,
+        )
+        run = resolve(spec, backbone.scheduler_config, request)
+        return run, None if data is None else hashlib.sha256(data).hexdigest()
+
+    def _usage(self, backbone: Backbone, run: Run) -> Usage:
+        with self._counting:
+            return usage(backbone, run)

@@ -1,1 +1,0 @@
-"""The routes: handlers of a few lines over `app.service`."""

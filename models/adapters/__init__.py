@@ -1,0 +1,1 @@
+"""Low-rank adapters as tensors that travel with the rows."""

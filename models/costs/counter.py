@@ -1,0 +1,194 @@
+"""Multiply-accumulates of a forward, a step, a run: counted by torch's flop counter on the meta device, weightless.
+
+The network's own code runs on tensors without storage, a row at a time, so every plan is counted by what it would run.
+A transformer is counted a block at a time: blocks that do the same cost the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.adapters.lora import Lora, meta_lora
+from models.backbone import Network
+from models.errors import ModelLoadError
+from models.networks.attention import install
+from models.networks.groups import AttentionGroups
+from models.networks.transformer import DiT
+from models.networks.unet import UNet, truncate
+from models.plan import Exit, RowPlan, StepRows
+from models.rows import Conditioning, Row
+
+NETWORKS: dict[str, type[UNet] | type[DiT]] = {
+    "UNet2DModel": UNet,
+    "UNet2DConditionModel": UNet,
+    "DiTTransformer2DModel": DiT,
+    "PixArtTransformer2DModel": DiT,
+}
+
+
+class MacCounter:
+    """Counts for one network at one latent size. `text_tokens` is the length of its prompts."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        latent_size: tuple[int, int],
+        text_tokens: int = 77,
+        attention_matmuls: bool = True,
+        depth: int | None = None,
+    ) -> None:
+        """`depth`: of a U-Net loaded in part, the input blocks that were."""
+        name = str(config.get("_class_name"))
+        if name not in NETWORKS:
+            raise ModelLoadError(f"config: {name} is not one of {', '.join(NETWORKS)}")
+        with torch.device("meta"):
+            module = getattr(diffusers, name).from_config(config)
+        if depth is not None:
+            truncate(module, depth)
+        self._config = config
+        self._network = NETWORKS[name](module.eval())
+        if name != "UNet2DModel":
+            install(module, self._network.blocks if isinstance(self._network, DiT) else ())
+        self._size = latent_size
+        self._text_tokens = text_tokens
+        self._attention_matmuls = attention_matmuls
+        self._loras: dict[Lora, Lora] = {}
+        self._counts: dict[tuple[Any, ...], int] = {}
+
+    @property
+    def network(self) -> Network:
+        """The network on the meta device."""
+        return self._network
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the whole network."""
+        return sum(p.numel() for p in self._network.module.parameters())
+
+    def row(self, plan: RowPlan, lora: Lora | None = None) -> int:
+        """MACs of one row of one forward."""
+        if isinstance(self._network, UNet):
+            level = None if plan.exit is None else Exit(plan.exit.level, remembered=False)
+            return self._cached(("unet", level, lora), lambda: self._unet(RowPlan(exit=level), lora))
+        blocks = (self._block(plan, block, lora) for block in range(self._network.depth) if plan.runs(block))
+        return self._cached(("frame",), self._frame) + sum(blocks)
+
+    def step(self, rows: StepRows, lora: Lora | None = None) -> int:
+        """MACs of one step of one trajectory."""
+        return sum(self.row(plan, lora if plan.adapter else None) for plan in rows)
+
+    def run(self, steps: Iterable[StepRows], lora: Lora | None = None) -> int:
+        """MACs of one trajectory."""
+        return sum(self.step(rows, lora) for rows in steps)
+
+    def _cached(self, key: tuple[Any, ...], count: Any) -> int:
+        if key not in self._counts:
+            self._counts[key] = count()
+        return self._counts[key]
+
+    def _block(self, plan: RowPlan, block: int, lora: Lora | None) -> int:
+        method, window = plan.method(block), plan.window
+        residual = ("residual", block) in plan.keep
+        if method not in ("window",) and not residual:
+            window = 0
+        key = ("block", method, window, residual, lora, block if lora is not None else 0)
+        return self._cached(key, lambda: self._one_block(plan, block, lora))
+
+    def _one_block(self, plan: RowPlan, block: int, lora: Lora | None) -> int:
+        """One row through one block. A twin needs its conditional row in the batch, which is taken off again."""
+        assert isinstance(self._network, DiT)  # noqa: S101
+        network, twin = self._network, plan.method(block).startswith("twin")
+        row = Row(replace(plan, cached=None), "unconditional" if twin else "conditional", self, lora=self._meta(lora))
+        partner = Row(RowPlan(), "conditional", self)
+        rows = [partner, row] if twin else [row]
+        x, t, conditioning = self._inputs(len(rows))
+        h = network.embed(x)
+        tokens = h.shape[1]
+        row.memory = {("attention", block): h[:1], ("residual", block): self._residual(block, tokens)}
+        partner.memory = dict(row.memory)
+        inputs, _ = network.conditions(h, t, conditioning)
+        groups = AttentionGroups(rows, h.device).at(block, 0, len(rows))
+        both = self._count(lambda: network.block(block, h, inputs, groups))
+        if not twin:
+            return both
+        return both - self._block(partner.plan, block, None)
+
+    def _residual(self, block: int, tokens: int) -> Tensor:
+        attention: Any = self._network.blocks[block].attn1  # type: ignore[union-attr]
+        dim = attention.to_q.out_features // attention.heads
+        return torch.empty(1, attention.heads, tokens, dim, device="meta")
+
+    def _frame(self) -> int:
+        """Everything of a transformer outside its blocks."""
+        x, t, conditioning = self._inputs(1)
+        network = self._network
+        assert isinstance(network, DiT)  # noqa: S101
+        nothing = RowPlan(cached=(0, network.depth))
+        h = network.embed(x)
+        row = Row(nothing, "conditional", self, {("range", 0, network.depth): torch.zeros_like(h)})
+        return self._count(lambda: network.forward(x, t, conditioning, [row]))
+
+    def _unet(self, plan: RowPlan, lora: Lora | None) -> int:
+        x, t, conditioning = self._inputs(1)
+        row = Row(plan, "conditional", self, lora=self._meta(lora))
+        return self._count(lambda: self._network.forward(x, t, conditioning, [row]))
+
+    def _meta(self, lora: Lora | None) -> Lora | None:
+        if lora is None:
+            return None
+        return self._loras.setdefault(lora, meta_lora(lora))
+
+    def _inputs(self, rows: int) -> tuple[Tensor, Tensor, Conditioning]:
+        config = self._config
+        with torch.device("meta"):
+            x = torch.empty(rows, config["in_channels"], *self._size)
+            conditioning: Conditioning = {"class_labels": torch.zeros(rows, dtype=torch.long)}
+            dim = config.get("caption_channels") or config.get("cross_attention_dim")
+            if dim is not None:
+                conditioning["encoder_hidden_states"] = torch.empty(rows, self._text_tokens, dim)
+            if config.get("addition_embed_type") == "text_time":
+                pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+                conditioning |= {"text_embeds": torch.empty(rows, pooled), "time_ids": torch.empty(rows, 6)}
+            conditioning |= {"resolution": torch.empty(rows, 2), "aspect_ratio": torch.empty(rows, 1)}
+            return x, torch.empty(rows), conditioning
+
+    def _count(self, forward: Any) -> int:
+        hidden: AbstractContextManager[Any] = nullcontext() if self._attention_matmuls else _WithoutAttention()
+        with _Flops(display=False) as counter, torch.inference_mode(), hidden:
+            forward()
+        return int(counter.get_total_flops()) // 2
+
+
+class _Flops(FlopCounterMode):
+    """Counts this thread's operators only: without the tracker of modules, whose hooks see every thread's forwards."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.mod_tracker = _NoTracker()  # type: ignore[assignment]
+
+
+class _NoTracker:
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class _WithoutAttention(TorchFunctionMode):
+    """Passes values through where attention would weigh them: the papers do not count its two products."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,1 @@
+"""A training loop that can be stopped and resumed, and its optimizer."""

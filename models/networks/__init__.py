@@ -1,0 +1,1 @@
+"""Denoising networks that serve rows with different plans in one forward."""

@@ -1,0 +1,1 @@
+"""Searches whose result a request can name: attention plans, time-step warps."""

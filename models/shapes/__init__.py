@@ -1,0 +1,1 @@
+"""The toy world of the bundled models, and their training."""

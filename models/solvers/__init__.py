@@ -1,0 +1,1 @@
+"""Noise schedulers: their names, their schedules, their steps."""
