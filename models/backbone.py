@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from models.adapters.lora import Lora
 from models.families.conditioning import Conditioner
-from models.rows import Conditioning, Row
+from models.reuse.plans import ROLES, Role
+from models.reuse.rows import Conditioning, Row
+from models.reuse.sites import Sites
+from models.reuse.store import FeatureStore
 from models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -24,22 +27,22 @@ class Network(Protocol):
     """The denoising network: serves rows with different plans in one forward."""
 
     module: nn.Module
-    conditional_first: bool
+    sites: Sites
 
     @property
     def depth(self) -> int:
         """U-Net: input blocks; DiT: transformer blocks."""
 
-    def order(self, row: Row) -> tuple[Any, ...]:
-        """The sort key of a row in the batch."""
-
-    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]) -> Tensor:
-        """Predict for rows sorted by `order`: x [rows, channels, h, w], t [rows]; writes what the rows remember."""
+    def forward(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row], store: FeatureStore
+    ) -> Tensor:
+        """Predict for rows in the order given: x [rows, channels, h, w], t [rows]; the store takes what they keep."""
 
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """One model on one device. Nothing in it changes after loading; all state of a run is in its trajectories."""
+    """One model on one device. Read-only once loaded, but for what is kept between forwards: the features that running
+    trajectories remember, in slots that are theirs, and caches."""
 
     spec: ModelSpec
     network: Network
@@ -49,11 +52,17 @@ class Backbone:
     loras: Mapping[str, Lora]
     device: torch.device
     dtype: torch.dtype
+    features: FeatureStore = field(default_factory=FeatureStore, repr=False)
     counters: dict[tuple[int, int, int], MacCounter] = field(default_factory=dict, repr=False)  # latent size, prompt
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]) -> Tensor:
-        """One forward of the network over rows sorted by its `order`."""
-        return self.network.forward(x, t, conditioning, rows)
+        """One forward of the network over rows in any order; predictions come in the same."""
+        return self.network.forward(x, t, conditioning, rows, self.features)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The rows of a guided step in the order in which diffusers' pipeline batches them."""
+        return ROLES if self.spec.layout == "dit" else ROLES[::-1]
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from models.plan import Role
-from models.rows import Row
+from models.device import upload
+from models.reuse.plans import Role
+from models.reuse.rows import Row
 from models.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -25,21 +26,19 @@ def advance(backbone: Backbone, trajectories: Sequence[Trajectory]) -> None:
     predictions = predict(backbone, [(row, trajectory) for trajectory in trajectories for row in trajectory.rows()])
     for trajectory in trajectories:
         trajectory.advance(predictions[trajectory, "conditional"], predictions.get((trajectory, "unconditional")))
+    backbone.features.trim()
 
 
 def predict(backbone: Backbone, rows: Sequence[tuple[Row, Trajectory]]) -> dict[tuple[Trajectory, Role], Tensor]:
-    """One forward over rows of one group; the prediction [1, channels, h, w] of each trajectory's rows by role."""
-    rows = sorted(rows, key=lambda pair: backbone.network.order(pair[0]))
+    """One forward over rows of one group; the prediction [1, channels, h, w] of each trajectory's rows by role.
+
+    Rows of one role stand together, in the order in which diffusers' pipelines batch them.
+    """
+    rows = [pair for role in backbone.roles for pair in rows if pair[0].role == role]
     inputs = {trajectory: trajectory.model_input() for _, trajectory in rows}
     x = torch.cat([inputs[trajectory] for _, trajectory in rows])  # [rows, channels, h, w]
-    t = _times([float(trajectory.timestep) for _, trajectory in rows], x.device)
+    t = upload([float(trajectory.timestep) for _, trajectory in rows], x.device)
     parts = [trajectory.conditioning[row.role] for row, trajectory in rows]
     conditioning = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     out = backbone.forward(x, t, conditioning, [row for row, _ in rows])
     return {(trajectory, row.role): out[i : i + 1] for i, (row, trajectory) in enumerate(rows)}
-
-
-def _times(values: list[float], device: torch.device) -> Tensor:
-    """Times [rows] on the device, without waiting for it."""
-    t = torch.tensor(values)
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """glibc's numbers of what `mallopt` sets, in bytes."""
@@ -47,6 +49,12 @@ def device_memory() -> list[DeviceMemory]:
         peak = torch.cuda.max_memory_allocated(i)
         found.append(DeviceMemory(f"cuda:{i}", allocated, reserved, peak, total - free, total))
     return found
+
+
+def upload(values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers [n] on the device, without waiting for it."""
+    t = torch.tensor(values, dtype=dtype)
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 def find_device(name: str | torch.device) -> torch.device:

@@ -80,7 +80,7 @@ def load(
     module = getattr(pipeline, part).eval()
     module.requires_grad_(False)
     network = cast(Network, UNet(module) if part == "unet" else DiT(module))
-    install(module, network.blocks if isinstance(network, DiT) else ())
+    install(module, [block.attn1 for block in network.blocks] if isinstance(network, DiT) else ())
     if compile:
         _compile_blocks(module)
     if getattr(pipeline.vae.config, "force_upcast", False) and dtype == torch.float16:
@@ -90,7 +90,7 @@ def load(
     students = {**(_found(directory, "adapters") if depth is None else {}), **(adapters or {})}
     loras = {n: load_lora(p, module, digest, n) for n, p in students.items()}
     files = {**_found(directory, "plans", ".json"), **(plans or {})}
-    spec = _spec(Path(name).name, layout, config, digest, network, pipeline, extras).with_extras(
+    spec = _spec(Path(name).name, layout, config, digest, network, pipeline, extras, dtype).with_extras(
         {n: lora.info for n, lora in loras.items()},
         {n: p if isinstance(p, Plan) else Plan.load(p) for n, p in files.items()},
     )
@@ -196,6 +196,7 @@ def _spec(
     network: Network,
     pipeline: Any,
     extras: dict[str, Any],
+    dtype: torch.dtype,
 ) -> ModelSpec:
     unet = layout in ("sd", "sdxl")
     scale = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
@@ -208,6 +209,7 @@ def _spec(
         family="unet" if unet else "dit",
         layout=layout,
         config_hash=digest,
+        sites=network.sites,
         depth=network.depth,
         latent_channels=pipeline.vae.config.latent_channels,
         latent_scale=scale,
@@ -218,6 +220,7 @@ def _spec(
         default_scheduler=extras.get("default_scheduler", scheduler),
         default_steps=extras.get("default_num_inference_steps", 25),
         default_guidance_scale=extras.get("default_guidance_scale", DEFAULT_SCALES[layout]),
+        itemsize=dtype.itemsize,
         num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
         num_classes=config["num_embeds_ada_norm"] if layout == "dit" else None,
         has_text_encoder=getattr(pipeline, "text_encoder", None) is not None,

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.accelerators import Accelerator
-from models.plan import StepRows
+from models.reuse.plans import StepRows
 from models.solvers.names import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Run:
     accelerators: tuple[Accelerator, ...]
     schedule: NoiseSchedule
     steps: tuple[StepRows, ...]
+    feature_bytes: int  # the most that one image remembers between steps
     seeds: tuple[int, ...]
     adapter: str | None
 

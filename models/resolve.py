@@ -9,8 +9,8 @@ from typing import Any
 from models.accelerators import Accelerator, bind
 from models.accelerators.base import needs_guidance
 from models.errors import OutOfRange, RequestError, WrongBackbone
-from models.plan import compile_run
 from models.request import Request, Run
+from models.reuse.compile import compile_run, feature_bytes
 from models.solvers.names import REGISTRY, NoiseSchedule, noise_schedule
 from models.spec import ModelSpec, RunSpec
 
@@ -36,6 +36,8 @@ def resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Requ
         scale = model.adapters[adapter].guidance_scale
     images = _integer("num_images", request.num_images, 1, 10_000)
     seed = _integer("seed", request.seed, 0, MAX_SEED - images, least=0)
+    steps = compile_run(model.sites, accelerators, len(schedule.timesteps), guided)
+    latent_size = (height // model.latent_scale, width // model.latent_scale)
     return Run(
         request=request,
         width=width,
@@ -45,7 +47,8 @@ def resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Requ
         guidance_scale=scale,
         accelerators=accelerators,
         schedule=schedule,
-        steps=compile_run(accelerators, len(schedule.timesteps), guided),
+        steps=steps,
+        feature_bytes=feature_bytes(model.sites, steps, *latent_size, model.itemsize),
         seeds=tuple(seed + i for i in range(images)),
         adapter=adapter,
     )

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from models.reuse.sites import Sites
+
 if TYPE_CHECKING:
     from models.search.attention_plan import Plan
 
@@ -32,6 +34,7 @@ class ModelSpec:
     family: Family
     layout: Layout
     config_hash: str
+    sites: Sites
     depth: int  # U-Net: input blocks (L); DiT: transformer blocks
     latent_channels: int
     latent_scale: int  # pixels a latent pixel
@@ -43,6 +46,7 @@ class ModelSpec:
     default_steps: int = 25
     default_guidance_scale: float = 4.0
     num_train_timesteps: int = 1000
+    itemsize: int = 4  # bytes of a number in the network
     num_classes: int | None = None
     has_text_encoder: bool = True
     description: str = ""

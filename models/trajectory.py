@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from models.guidance import guided
-from models.plan import Role, StepRows
-from models.rows import Conditioning, Memory, Row, memory_bytes
+from models.reuse.plans import ROLES, Role, StepRows
+from models.reuse.rows import Conditioning, Row
+from models.reuse.store import Memory
 
 if TYPE_CHECKING:
     from models.adapters.lora import Lora
@@ -37,7 +38,7 @@ class Trajectory:
     step: int = 0
     watched: bool = False  # keep what `preview` needs
     _seen: tuple[Tensor, Tensor, float] | None = None
-    memory: dict[Role, Memory] = field(default_factory=lambda: {"conditional": {}, "unconditional": {}})
+    memory: dict[Role, Memory] = field(default_factory=lambda: {role: Memory() for role in ROLES})
     group: Hashable = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,12 +71,13 @@ class Trajectory:
         return self.timesteps[self.step]
 
     def rows(self) -> list[Row]:
-        """The rows of the coming step; they write what they remember into this trajectory's memory."""
-        plan = self.plan
-        rows = [Row(plan.conditional, "conditional", self, self.memory["conditional"], self.lora)]
-        if plan.unconditional is not None:
-            rows.append(Row(plan.unconditional, "unconditional", self, self.memory["unconditional"]))
-        return rows
+        """The rows of the coming step; what they remember is in this trajectory's memory."""
+        plans = {"conditional": self.plan.conditional, "unconditional": self.plan.unconditional}
+        return [
+            Row(plan, role, self, self.memory[role], self.lora if plan.adapter is not None else None)
+            for role in ROLES
+            if (plan := plans[role]) is not None
+        ]
 
     def model_input(self) -> Tensor:
         """The latents as the backbone wants them at this time."""
@@ -88,9 +90,7 @@ class Trajectory:
         self.follow(conditional, unconditional)
         for role, row in (("conditional", plan.conditional), ("unconditional", plan.unconditional)):
             if row is not None:
-                memory = self.memory[role]  # type: ignore[index]
-                for key in memory.keys() - row.live:
-                    del memory[key]
+                self.memory[role].forget(row.drop)  # type: ignore[index]
 
     def follow(self, conditional: Tensor, unconditional: Tensor | None) -> None:
         """Take one scheduler step along the prediction."""
@@ -125,4 +125,4 @@ class Trajectory:
 
     def memory_bytes(self) -> int:
         """Bytes of remembered features."""
-        return memory_bytes(self.memory.values())
+        return sum(memory.nbytes for memory in self.memory.values())

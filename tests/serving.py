@@ -24,8 +24,8 @@ from app.engine.engine import Engine
 from app.http.main import create_app
 from app.settings import Settings
 from models import Backbone, Plan
-from models.plan import Method
-from models.rows import Conditioning, Row
+from models.reuse.rows import Row
+from models.search.attention_plan import Method
 
 PROMPT = "a large red circle on a white background"
 
@@ -93,10 +93,10 @@ class Hook:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, conditioning: Any, rows: Sequence[Row], *rest: Any) -> Tensor:
         """Look first, then run."""
         self._before(rows)
-        result: Tensor = self._network.forward(x, t, conditioning, rows)
+        result: Tensor = self._network.forward(x, t, conditioning, rows, *rest)
         return result
 
 

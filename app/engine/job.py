@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -137,11 +137,6 @@ class Job:
     def group(self) -> Group:
         """Equal for jobs that can share a forward: the same model at the same size."""
         return self.lanes[0].group
-
-    @property
-    def kind(self) -> Hashable:
-        """Equal for jobs whose images remember as much between steps."""
-        return self.group, self.run.accelerators, self.run.guided
 
     @property
     def steps_done(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from app.engine.attempt import attempt
 from app.engine.batcher import Batcher
@@ -22,10 +21,6 @@ from models.denoise import advance
 from models.device import Fence, out_of_memory, release_memory
 from models.errors import RequestError
 from models.generate import start
-from models.plan import StepRows
-
-if TYPE_CHECKING:
-    pass
 
 Clock = Callable[[], float]
 
@@ -89,7 +84,7 @@ class Worker:
 
     def _admit(self, job: Job, door: Door, admitted: set[Job]) -> bool:
         """Whether a job may start: all its images do together, with what they will remember."""
-        if job not in admitted and door.admit(self._budget.need(job.kind) * len(job.lanes)):
+        if job not in admitted and door.admit(job.run.feature_bytes * len(job.lanes)):
             admitted.add(job)
         return job in admitted
 
@@ -130,7 +125,7 @@ class Worker:
             trajectory.watched = bool(job.preview_steps)
             lane.trajectory = trajectory
             self._batcher.begin(lane)
-            self._reserve(lane, self._budget.need(job.kind))
+            self._reserve(lane, job.run.feature_bytes)
 
     # Denoising
 
@@ -145,7 +140,7 @@ class Worker:
         for lane in lanes:
             if lane.trajectory is not None:
                 rows += lane.trajectory.num_rows
-                plans.add(_asked(lane.trajectory.plan))
+                plans.add(lane.trajectory.plan.asked)
         if not rows:
             return
         stepped = self._advance(lanes, backbone)
@@ -225,9 +220,6 @@ class Worker:
             self._feature_bytes[lane.job.model] += size - lane.feature_bytes
             lane.feature_bytes = size
             self._metrics.feature_bytes.labels(lane.job.model).set(self._feature_bytes[lane.job.model])
-            self._budget.observe(lane.job.kind, size)
-            if size > lane.reserved:
-                self._reserve(lane, size)
 
     def _reserve(self, lane: Lane, size: int) -> None:
         self._budget.reserved += size - lane.reserved
@@ -246,8 +238,3 @@ def _start_error(error: Exception) -> ServiceError:
         return OutOfMemory("the device has not enough memory to start this request")
     SERVER.error("a request could not be started", exc_info=error)
     return Internal("the request could not be started")
-
-
-def _asked(step: StepRows) -> tuple[object, ...]:
-    """What a step does, without what it remembers: equal for steps that run the same."""
-    return tuple((p.exit, p.cached, p.attention, p.window, p.adapter) for p in step)

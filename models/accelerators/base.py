@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from models.plan import StepPlan
+from models.reuse.plans import StepPlan
 from models.spec import Family, ModelSpec, RunSpec
 
 if TYPE_CHECKING:

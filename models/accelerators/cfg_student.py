@@ -8,7 +8,7 @@ from pydantic import Field
 
 from models.accelerators.base import Accelerator
 from models.errors import StudentConflict
-from models.plan import StepPlan
+from models.reuse.plans import StepPlan
 from models.spec import ModelSpec, RunSpec
 
 

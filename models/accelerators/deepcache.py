@@ -10,7 +10,8 @@ from pydantic import Field
 
 from models.accelerators.base import Accelerator
 from models.errors import OutOfRange
-from models.plan import Exit, StepPlan
+from models.networks.sites import level
+from models.reuse.plans import Recall, StepPlan
 from models.spec import Family, ModelSpec, RunSpec
 
 
@@ -45,7 +46,7 @@ class DeepCache(Accelerator):
             full = step % self.interval == 0
         else:
             full = step in nonuniform_steps(num_steps, self.interval, self.center, self.power)
-        return StepPlan() if full else StepPlan(exit=Exit(self.branch))
+        return StepPlan() if full else StepPlan({level(self.branch): Recall()})
 
 
 @lru_cache(maxsize=256)

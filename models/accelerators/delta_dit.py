@@ -8,7 +8,8 @@ from pydantic import Field, PrivateAttr
 
 from models.accelerators.base import Accelerator
 from models.errors import OutOfRange
-from models.plan import StepPlan
+from models.networks.sites import blocks
+from models.reuse.plans import Recall, StepPlan
 from models.spec import Family, ModelSpec, RunSpec
 
 
@@ -48,5 +49,5 @@ class DeltaDiT(Accelerator):
             raise ValueError("bind the accelerator to a model first")
         if step % self.interval == 0 or step == self.boundary:
             return StepPlan()
-        rear = (self._depth - self.blocks, self._depth)
-        return StepPlan(cached=rear if step < self.boundary else (0, self.blocks))
+        rear = blocks(self._depth - self.blocks, self._depth)
+        return StepPlan({rear if step < self.boundary else blocks(0, self.blocks): Recall()})

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from models.accelerators.base import Accelerator
 from models.errors import OutOfRange
-from models.plan import Exit, StepPlan
+from models.networks.sites import level
+from models.reuse.plans import StepPlan, Zeros
 from models.spec import Family, ModelSpec, RunSpec
 
 
@@ -31,4 +32,4 @@ class DepthSkip(Accelerator):
 
     def plan(self, step: int, num_steps: int) -> StepPlan:
         """An exit with zeros on every step."""
-        return StepPlan(exit=Exit(self.depth - 1, remembered=False))
+        return StepPlan({level(self.depth - 1): Zeros()})

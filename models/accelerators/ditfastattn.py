@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, InstanceOf, PrivateAttr
@@ -9,8 +10,9 @@ from pydantic.json_schema import SkipJsonSchema
 
 from models.accelerators.base import Accelerator
 from models.errors import GuidanceRequired, PlanMismatch
-from models.plan import StepPlan
-from models.search.attention_plan import Plan
+from models.networks.sites import attention
+from models.reuse.plans import Recall, Reuse, Shared, StepPlan, Window
+from models.search.attention_plan import Method, Plan
 from models.spec import Family, ModelSpec, RunSpec
 
 
@@ -61,4 +63,11 @@ class DiTFastAttn(Accelerator):
         """The plan's row for this step. Bound accelerators only."""
         if self._plan is None:
             raise ValueError("bind the accelerator to a model first")
-        return StepPlan(attention=self._plan.table[step], window=self._plan.window)
+        return attention_plan(self._plan.table[step], self._plan.window)
+
+
+def attention_plan(methods: Sequence[Method], window: int) -> StepPlan:
+    """One method a block as a step plan; `window` is the half width of the bands, in tokens."""
+    band = Window(window)
+    reuse: dict[Method, Reuse] = {"ast": Recall(), "wa-rs": band, "asc": Shared(), "wa-rs+asc": Shared(band)}
+    return StepPlan({attention(k): reuse[method] for k, method in enumerate(methods) if method != "full"})

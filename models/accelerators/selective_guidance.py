@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from models.accelerators.base import Accelerator
-from models.plan import StepPlan
+from models.reuse.plans import StepPlan
 
 
 class SelectiveGuidance(Accelerator):

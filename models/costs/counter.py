@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -22,11 +21,13 @@ from models.adapters.lora import Lora, meta_lora
 from models.backbone import Network
 from models.errors import ModelLoadError
 from models.networks.attention import install
-from models.networks.groups import AttentionGroups
-from models.networks.transformer import DiT
+from models.networks.sites import attention, blocks, level
+from models.networks.transformer import DiT, attention_rows
 from models.networks.unet import UNet, truncate
-from models.plan import Exit, RowPlan, StepRows
-from models.rows import Conditioning, Row
+from models.reuse.plans import Reading, Recall, RowPlan, StepRows, Twin, Zeros
+from models.reuse.rows import Conditioning, Places, Row
+from models.reuse.sites import Feature
+from models.reuse.store import FeatureStore
 
 NETWORKS: dict[str, type[UNet] | type[DiT]] = {
     "UNet2DModel": UNet,
@@ -58,7 +59,7 @@ class MacCounter:
         self._config = config
         self._network = NETWORKS[name](module.eval())
         if name != "UNet2DModel":
-            install(module, self._network.blocks if isinstance(self._network, DiT) else ())
+            install(module, [b.attn1 for b in self._network.blocks] if isinstance(self._network, DiT) else ())
         self._size = latent_size
         self._text_tokens = text_tokens
         self._attention_matmuls = attention_matmuls
@@ -78,10 +79,12 @@ class MacCounter:
     def row(self, plan: RowPlan, lora: Lora | None = None) -> int:
         """MACs of one row of one forward."""
         if isinstance(self._network, UNet):
-            level = None if plan.exit is None else Exit(plan.exit.level, remembered=False)
-            return self._cached(("unet", level, lora), lambda: self._unet(RowPlan(exit=level), lora))
-        blocks = (self._block(plan, block, lora) for block in range(self._network.depth) if plan.runs(block))
-        return self._cached(("frame",), self._frame) + sum(blocks)
+            depth = min((site.start for site in plan.reads if site.kind == "level"), default=None)
+            short = RowPlan() if depth is None else RowPlan(reads={level(depth): Reading(Zeros())})
+            return self._cached(("unet", depth, lora), lambda: self._unet(short, lora))
+        skipped = [range(s.start, s.stop or 0) for s in plan.reads if s.kind == "blocks"]
+        run = [block for block in range(self._network.depth) if not any(block in inside for inside in skipped)]
+        return self._cached(("frame",), self._frame) + sum(self._block(plan, block, lora) for block in run)
 
     def step(self, rows: StepRows, lora: Lora | None = None) -> int:
         """MACs of one step of one trajectory."""
@@ -97,51 +100,53 @@ class MacCounter:
         return self._counts[key]
 
     def _block(self, plan: RowPlan, block: int, lora: Lora | None) -> int:
-        method, window = plan.method(block), plan.window
-        residual = ("residual", block) in plan.keep
-        if method not in ("window",) and not residual:
-            window = 0
-        key = ("block", method, window, residual, lora, block if lora is not None else 0)
+        site = attention(block)
+        reading = plan.reads.get(site)
+        reuse = None if reading is None else reading.reuse
+        residuals = frozenset(f.width for f in plan.keep if f.site == site and f.kind == "residual")
+        key = ("block", reuse, residuals, lora, block if lora is not None else 0)
         return self._cached(key, lambda: self._one_block(plan, block, lora))
 
     def _one_block(self, plan: RowPlan, block: int, lora: Lora | None) -> int:
         """One row through one block. A twin needs its conditional row in the batch, which is taken off again."""
         assert isinstance(self._network, DiT)  # noqa: S101
-        network, twin = self._network, plan.method(block).startswith("twin")
-        row = Row(replace(plan, cached=None), "unconditional" if twin else "conditional", self, lora=self._meta(lora))
-        partner = Row(RowPlan(), "conditional", self)
+        network, site, store = self._network, attention(block), FeatureStore()
+        reading = plan.reads.get(site)
+        twin = reading is not None and isinstance(reading.reuse, Twin)
+        keep = frozenset(f for f in plan.keep if f.site == site)
+        row = Row(
+            RowPlan(0, {} if reading is None else {site: reading}, keep), "conditional", self, lora=self._meta(lora)
+        )
+        partner = Row(RowPlan(0, {}, keep), "conditional", self)
+        if twin:
+            row.role = "unconditional"
         rows = [partner, row] if twin else [row]
         x, t, conditioning = self._inputs(len(rows))
         h = network.embed(x)
-        tokens = h.shape[1]
-        row.memory = {("attention", block): h[:1], ("residual", block): self._residual(block, tokens)}
-        partner.memory = dict(row.memory)
+        for entry in () if reading is None else reading.entries:
+            shape = network.sites.shape(entry[0], *self._size)
+            store.write([(row.memory, entry)], torch.empty(1, *shape, device="meta"))
         inputs, _ = network.conditions(h, t, conditioning)
-        groups = AttentionGroups(rows, h.device).at(block, 0, len(rows))
-        both = self._count(lambda: network.block(block, h, inputs, groups))
+        both = self._count(lambda: network.block(block, h, inputs, attention_rows(rows, block, store, Places(h))))
         if not twin:
             return both
         return both - self._block(partner.plan, block, None)
 
-    def _residual(self, block: int, tokens: int) -> Tensor:
-        attention: Any = self._network.blocks[block].attn1  # type: ignore[union-attr]
-        dim = attention.to_q.out_features // attention.heads
-        return torch.empty(1, attention.heads, tokens, dim, device="meta")
-
     def _frame(self) -> int:
         """Everything of a transformer outside its blocks."""
         x, t, conditioning = self._inputs(1)
-        network = self._network
-        assert isinstance(network, DiT)  # noqa: S101
-        nothing = RowPlan(cached=(0, network.depth))
-        h = network.embed(x)
-        row = Row(nothing, "conditional", self, {("range", 0, network.depth): torch.zeros_like(h)})
-        return self._count(lambda: network.forward(x, t, conditioning, [row]))
+        network, store = self._network, FeatureStore()
+        every = blocks(0, network.depth)
+        entry = (Feature(every, "effect"), 0)
+        row = Row(RowPlan(1, {every: Reading(Recall(), (entry,), (1.0,))}), "conditional", self)
+        shape = network.sites.shape(entry[0], *self._size)
+        store.write([(row.memory, entry)], torch.empty(1, *shape, device="meta"))
+        return self._count(lambda: network.forward(x, t, conditioning, [row], store))
 
     def _unet(self, plan: RowPlan, lora: Lora | None) -> int:
         x, t, conditioning = self._inputs(1)
         row = Row(plan, "conditional", self, lora=self._meta(lora))
-        return self._count(lambda: self._network.forward(x, t, conditioning, [row]))
+        return self._count(lambda: self._network.forward(x, t, conditioning, [row], FeatureStore()))
 
     def _meta(self, lora: Lora | None) -> Lora | None:
         if lora is None:

@@ -11,9 +11,9 @@ from diffusers import DDIMScheduler
 from models.accelerators import Accelerator
 from models.backbone import Backbone
 from models.costs.counter import MacCounter
-from models.plan import RowPlan
 from models.request import Request, Run
 from models.resolve import resolve
+from models.reuse.plans import RowPlan
 from models.solvers.names import REGISTRY
 from models.spec import Layout, ModelSpec
 
@@ -136,6 +136,7 @@ def _bare_spec(config: Mapping[str, Any]) -> ModelSpec:
         family="unet" if "UNet" in name else "dit",
         layout=layout,
         config_hash="",
+        sites=network.sites,
         depth=network.depth,
         latent_channels=config["in_channels"],
         latent_scale=scale,

@@ -21,7 +21,7 @@ from models.distill.student import join
 from models.errors import RequestError
 from models.request import Request
 from models.resolve import resolve
-from models.rows import Conditioning
+from models.reuse.rows import Conditioning
 from models.shapes.shapes import render, sample_scene
 from models.solvers.names import noise_schedule
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models.adapters.lora import TARGETS, WEIGHT_NAME
 from models.guidance import guided
-from models.rows import Conditioning
+from models.reuse.rows import Conditioning
 
 
 class Pair:

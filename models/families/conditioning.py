@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from models.errors import OutOfRange, RequestError, WrongBackbone
-from models.plan import Role
 from models.request import Request, Run
-from models.rows import Conditioning
+from models.reuse.plans import Role
+from models.reuse.rows import Conditioning
 from models.spec import Layout
 
 CACHED_PROMPTS = 1024

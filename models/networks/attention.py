@@ -13,45 +13,40 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from models.adapters.lora import Source
+from models.errors import ModelLoadError
 from models.networks.window import window_attention
-from models.plan import RowMethod
-from models.rows import Row, Segment, segments
-
-Where = slice | Tensor
-"""Rows of a batch: neighbours as a slice, which copies nothing, others by their positions on the device."""
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Rows that do the same in one self-attention: their positions in the batch, and where these are on the device."""
-
-    method: RowMethod
-    window: int
-    positions: tuple[int, ...]
-    where: Where | None  # None: all rows, nothing to gather
-    source: Where | None = None  # twins: where their conditional rows are
-    sources: tuple[int, ...] = ()
+from models.reuse.plans import Reading, Recall, Twin, Window
+from models.reuse.rows import Places, Row, Segment, keep, put, segments
+from models.reuse.sites import Feature, Site
+from models.reuse.store import FeatureStore
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionRows:
-    """What the attentions of one block need to know of the batch."""
+    """What the attentions of one block need to know of the batch. `site` is its self-attention's, where any row
+    reuses or remembers it."""
 
     rows: Sequence[Row]
     segments: tuple[Segment, ...]
-    groups: tuple[Group, ...] = ()  # self-attention by method, twins last; empty: every row in full, nothing kept
+    site: Site | None = None
+    store: FeatureStore | None = None
+    places: Places | None = None
+
+    def reading(self, row: int) -> Reading | None:
+        """What stands in for this row's self-attention; None: it is computed in full."""
+        return None if self.site is None else self.rows[row].plan.reads.get(self.site)
 
 
 class RowAttention:
     """Scaled dot-product attention as diffusers' `AttnProcessor2_0` computes it, row by row as the plans say.
 
-    `path` is the module's name in the network (the key of its LoRA terms); `block` the transformer block whose
-    self-attention this is, or None where no method applies. Instances are read-only.
+    `path` is the module's name in the network (the key of its LoRA terms); `reusable` says whether this is a
+    self-attention that rows may reuse. Instances are read-only.
     """
 
-    def __init__(self, path: str, block: int | None = None) -> None:
+    def __init__(self, path: str, reusable: bool = False) -> None:
         self.path = path
-        self.block = block
+        self.reusable = reusable
         self.__dict__["__call__"] = _called  # what diffusers inspects; calls go by the class, as always
 
     def __call__(
@@ -75,56 +70,9 @@ class RowAttention:
     def _by_row(
         self, attn: Attention, x: Tensor, context: Tensor | None, mask: Tensor | None, rows: AttentionRows
     ) -> Tensor:
-        if self.block is None or not rows.groups:
+        if not self.reusable or rows.site is None or rows.store is None or rows.places is None:
             return self._plain(attn, x, context, mask, rows.segments)
-        if len(rows.groups) == 1 and rows.groups[0].method == "full":
-            return self._compute(attn, x, rows.rows, rows.groups[0])
-        return self._mixed(attn, x, rows)
-
-    def _mixed(self, attn: Attention, x: Tensor, rows: AttentionRows) -> Tensor:
-        block = self.block
-        assert block is not None  # noqa: S101
-        out = torch.empty_like(x)
-        for group in rows.groups:
-            members = [rows.rows[position] for position in group.positions]
-            if group.method == "reuse":
-                part = torch.cat([row.memory["attention", block] for row in members])
-            elif group.source is not None:
-                part = _take(out, group.source)
-                for i, (row, source) in enumerate(zip(members, group.sources, strict=True)):
-                    row.keep(("attention", block), part[i : i + 1])
-                    if row.wants(("residual", block)):
-                        row.memory["residual", block] = rows.rows[source].memory["residual", block]
-            else:
-                gathered = x if group.where is None else _take(x, group.where)
-                part = self._compute(attn, gathered, members, group)
-            if group.where is None:
-                return part
-            if isinstance(group.where, slice):
-                out[group.where] = part
-            else:
-                out.index_copy_(0, group.where, part)
-        return out
-
-    def _compute(self, attn: Attention, x: Tensor, members: Sequence[Row], group: Group) -> Tensor:
-        """Self-attention of gathered rows, full or banded, remembering what their plans want."""
-        block = self.block
-        assert block is not None  # noqa: S101
-        parts = segments(members)
-        query, key, value = self._project(attn, x, x, parts)
-        if group.method == "window":
-            core = window_attention(query, key, value, group.window)
-            core = core + torch.cat([row.memory["residual", block] for row in members])
-        else:
-            core = F.scaled_dot_product_attention(query, key, value)
-            for i, row in enumerate(members):
-                if row.wants(("residual", block)):
-                    band = window_attention(query[i : i + 1], key[i : i + 1], value[i : i + 1], row.plan.window)
-                    row.memory["residual", block] = core[i : i + 1] - band
-        out = self._out(attn, core, parts)
-        for i, row in enumerate(members):
-            row.keep(("attention", block), out[i : i + 1])
-        return out
+        return _Reused(self, attn, x, rows.rows, rows.site, rows.store, rows.places).run()
 
     def _plain(
         self, attn: Attention, x: Tensor, context: Tensor | None, mask: Tensor | None, parts: tuple[Segment, ...]
@@ -165,8 +113,88 @@ class RowAttention:
                     torch.addmm(out, h, up, out=out)  # not addmm_, which flop counters do not know
 
 
-def _take(x: Tensor, where: Where) -> Tensor:
-    return x[where] if isinstance(where, slice) else x.index_select(0, where)
+@dataclass(frozen=True, slots=True)
+class _Reused:
+    """One self-attention over rows [rows, tokens, dim] that do different things, a group of equals at a time."""
+
+    processor: RowAttention
+    attn: Attention
+    x: Tensor
+    rows: Sequence[Row]
+    site: Site
+    store: FeatureStore
+    places: Places
+
+    def run(self) -> Tensor:
+        groups: dict[tuple[str, int], list[int]] = {}
+        for i, row in enumerate(self.rows):
+            groups.setdefault(_kind(row.plan.reads.get(self.site)), []).append(i)
+        if len(groups) == 1:
+            [((kind, width), members)] = groups.items()
+            return self._group(kind, width, members)
+        out = torch.empty_like(self.x)
+        for (kind, width), members in sorted(groups.items(), key=lambda group: group[0][0] == "twin"):
+            # Twins come last: their conditional rows must be done.
+            part = self._twins(out, members) if kind == "twin" else self._group(kind, width, members)
+            put(out, self.places.where(members), part)
+        return out
+
+    def _group(self, kind: str, width: int, members: Sequence[int]) -> Tensor:
+        rows = [self.rows[i] for i in members]
+        if kind == "recall":
+            return self.store.read([(row.memory, row.plan.reads[self.site]) for row in rows])
+        parts = segments(rows)
+        x = self.places.take(self.x, members)
+        query, key, value = self.processor._project(self.attn, x, x, parts)
+        if kind == "window":
+            residual = self.store.read([(row.memory, row.plan.reads[self.site]) for row in rows])
+            core = window_attention(query, key, value, width) + residual
+        else:
+            core = F.scaled_dot_product_attention(query, key, value)
+            self._keep_residuals(rows, query, key, value, core)
+        out = self.processor._out(self.attn, core, parts)
+        keep(self.store, self.places, rows, Feature(self.site, "value"), out)
+        return out
+
+    def _keep_residuals(self, rows: Sequence[Row], query: Tensor, key: Tensor, value: Tensor, core: Tensor) -> None:
+        """Remember full minus banded attention, for all rows that want the same band at once."""
+        for feature in self._residuals(rows):
+            wanting = [i for i, row in enumerate(rows) if feature in row.plan.keep]
+            q, k, v, full = (self.places.take(t, wanting) for t in (query, key, value, core))
+            residual = full - window_attention(q, k, v, feature.width)
+            self.store.write([(rows[i].memory, (feature, rows[i].plan.step)) for i in wanting], residual)
+
+    def _residuals(self, rows: Sequence[Row]) -> list[Feature]:
+        found = (f for row in rows for f in row.plan.keep if f.site == self.site and f.kind == "residual")
+        return list(dict.fromkeys(found))
+
+    def _twins(self, out: Tensor, members: Sequence[int]) -> Tensor:
+        """The conditional rows' results for their twins, and their residuals where a twin will want one."""
+        conditional = {row.owner: i for i, row in enumerate(self.rows) if row.role == "conditional"}
+        rows = [self.rows[i] for i in members]
+        part = self.places.take(out, [conditional[row.owner] for row in rows])
+        keep(self.store, self.places, rows, Feature(self.site, "value"), part)
+        for feature in self._residuals(rows):
+            wanting = [row for row in rows if feature in row.plan.keep]
+            step = [(self.rows[conditional[row.owner]], row.plan.step) for row in wanting]
+            of_pair = [(one.memory, Reading(Recall(), ((feature, at),), (1.0,))) for one, at in step]
+            entries = [(row.memory, (feature, row.plan.step)) for row in wanting]
+            self.store.write(entries, self.store.read(of_pair))
+        return part
+
+
+def _kind(reading: Reading | None) -> tuple[str, int]:
+    """What rows of one group have in common: how they get their attention, and the half width of the band."""
+    match reading:
+        case None:
+            return "full", 0
+        case Reading(reuse=Recall()):
+            return "recall", 0
+        case Reading(reuse=Window(width=width)):
+            return "window", width
+        case Reading(reuse=Twin()):
+            return "twin", 0
+    raise ValueError(f"an attention cannot do {reading.reuse.name}")
 
 
 def _called() -> None:
@@ -177,18 +205,16 @@ def _called() -> None:
 _called.__signature__ = inspect.signature(RowAttention.__call__.__get__(object()))  # type: ignore[attr-defined]
 
 
-def install(network: nn.Module, blocks: Sequence[nn.Module] = ()) -> None:
-    """Give every attention of a freshly loaded network its processor; `blocks` are those of a DiT."""
-    numbers = {block.attn1: number for number, block in enumerate(blocks)}
+def install(network: nn.Module, reusable: Sequence[nn.Module] = ()) -> None:
+    """Give every attention of a freshly loaded network its processor; `reusable` are those that are sites."""
+    sites = set(reusable)
     for path, module in network.named_modules():
         if isinstance(module, Attention):
             _check_supported(path, module)
-            module.set_processor(RowAttention(path, numbers.get(module)))
+            module.set_processor(RowAttention(path, module in sites))
 
 
 def _check_supported(path: str, module: Attention) -> None:
     plain = (module.group_norm, module.spatial_norm, module.norm_cross, module.norm_q, module.norm_k)
     if any(part is not None for part in plain) or module.residual_connection or module.rescale_output_factor != 1.0:
-        from models.errors import ModelLoadError
-
         raise ModelLoadError(f"{path}: an attention of this kind is not supported")

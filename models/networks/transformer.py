@@ -1,12 +1,13 @@
 """The diffusion transformer as a list of blocks: the loop is ours, the block maths is diffusers'.
 
-A row whose plan caches a range of blocks waits while the others run them, and adds its remembered effect (Δ-DiT). Rows
-that cache the rear stand at the front of the batch, rows that cache the front at its end, so the rows that run a block
-are always one slice. What each row does in a self-attention (DiTFastAttn) is sorted into groups once a forward.
+A row that reuses a range of blocks waits while the others run them, and adds its remembered effect (Δ-DiT). Rows that
+reuse the rear are sorted to the front of the batch, rows that reuse the front to its end, so the rows that run a block
+are one slice; where ranges leave gaps, they are gathered.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,11 +18,16 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
 from models.networks.attention import AttentionRows
-from models.networks.groups import AttentionGroups
-from models.rows import Conditioning, Row
+from models.networks.sites import TransformerSites, attention
+from models.reuse.plans import RowPlan
+from models.reuse.rows import Conditioning, Places, Row, kept, put, segments
+from models.reuse.sites import Feature, Site
+from models.reuse.store import FeatureStore
 
 BlockInputs = dict[str, Tensor | None]
 _BLOCK_INPUTS = ("timestep", "class_labels", "encoder_hidden_states", "encoder_attention_mask")
+POSITION_BYTES = 64 * 2**20
+"""Position tables of other sizes than the native one that are kept on the device, least recently used first to go."""
 
 
 class DiT:
@@ -30,74 +36,91 @@ class DiT:
     def __init__(self, module: Any) -> None:
         self.module = module
         self.blocks: list[nn.Module] = list(module.transformer_blocks)
-        self.conditional_first = not hasattr(module, "adaln_single")  # DiTPipeline batches [conditional, unconditional]
-        self._positions: dict[tuple[int, int], Tensor] = {}
+        self.by_class = not hasattr(module, "adaln_single")  # conditioned on a class, in every block
+        self.sites = TransformerSites(
+            int(module.config.in_channels),
+            len(self.blocks),
+            int(module.config.patch_size),
+            int(module.config.num_attention_heads * module.config.attention_head_dim),
+            int(module.config.num_attention_heads),
+            int(module.config.attention_head_dim),
+        )
+        self._positions: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
 
     @property
     def depth(self) -> int:
         """Number of transformer blocks."""
         return len(self.blocks)
 
-    def order(self, row: Row) -> tuple[Any, ...]:
-        """The sort key of a row in the batch: rear-cachers (widest first), full rows, front-cachers (widest last)."""
-        zone = (0, 0)
-        if row.plan.cached is not None:
-            start, stop = row.plan.cached
-            zone = (-1, start) if start > 0 else (1, stop)
-        return (*zone, row.plan.adapter or "", (row.role == "conditional") != self.conditional_first)
-
     @torch.inference_mode()
-    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]) -> Tensor:
-        """Predict from latents x [rows, channels, height, width] at times t [rows], rows sorted by `order`."""
+    def forward(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row], store: FeatureStore
+    ) -> Tensor:
+        """Predict from latents x [rows, channels, height, width] at times t [rows], in the order given."""
+        order = sorted(range(len(rows)), key=lambda i: (*_zone(rows[i].plan), rows[i].plan.adapter or ""))
+        places = Places(x)
+        x, t = places.take(x, order), places.take(t, order)
+        conditioning = {name: places.take(value, order) for name, value in conditioning.items()}
         height, width = (side // self.module.config.patch_size for side in x.shape[-2:])
         h = self.embed(x)  # [rows, tokens, dim]
         inputs, embedded = self.conditions(h, t, conditioning)
-        h = self._run_blocks(h, inputs, rows)
-        return self._unpatchify(self._head(h, inputs, embedded), height, width)
+        h = self._run_blocks(h, inputs, [rows[i] for i in order], store, places)
+        out = self._unpatchify(self._head(h, inputs, embedded), height, width)
+        return places.take(out, sorted(range(len(order)), key=order.__getitem__))
 
-    def _run_blocks(self, h: Tensor, inputs: BlockInputs, rows: Sequence[Row]) -> Tensor:
-        groups = AttentionGroups(rows, h.device)
-        for start, stop in self._runs(rows):
-            active = [i for i, row in enumerate(rows) if row.plan.runs(start)]
-            lo, hi = (active[0], active[-1] + 1) if active else (0, 0)
-            if hi - lo != len(active):
-                raise ValueError("the rows are not in the order of `order`")
-            before = h
-            if active:
-                part = h if hi - lo == len(rows) else h[lo:hi]
-                sliced = {k: v if v is None or hi - lo == len(rows) else v[lo:hi] for k, v in inputs.items()}
-                for block in range(start, stop):
-                    part = self.block(block, part, sliced, groups.at(block, lo, hi))
-                h = part
-            if hi - lo < len(rows):
-                waiting = [self._wait(before[i : i + 1], row, start) for i, row in enumerate(rows)]
-                h = torch.cat([*waiting[:lo], *([h] if active else []), *waiting[hi:]])
-            self._remember(rows, before, h, start, stop)
+    def _run_blocks(
+        self, h: Tensor, inputs: BlockInputs, rows: Sequence[Row], store: FeatureStore, places: Places
+    ) -> Tensor:
+        ranges = list(kept(rows, "blocks"))
+        begun: dict[Feature, Tensor] = {}
+        for start, stop in self._stretches(rows, ranges):
+            begun |= {feature: h for feature in ranges if feature.site.start == start}
+            h = self._stretch(start, stop, h, inputs, rows, store, places)
+            for feature in ranges:
+                if feature.site.stop == stop:
+                    keepers = [i for i, row in enumerate(rows) if feature in row.plan.keep]
+                    effect = places.take(h, keepers) - places.take(begun.pop(feature), keepers)
+                    store.write([(rows[i].memory, (feature, rows[i].plan.step)) for i in keepers], effect)
         return h
 
-    def _runs(self, rows: Sequence[Row]) -> list[tuple[int, int]]:
+    def _stretches(self, rows: Sequence[Row], kept: Sequence[Feature]) -> list[tuple[int, int]]:
         """Stretches of blocks within which no row joins, leaves, or begins or ends a range to remember."""
-        ranges = {row.plan.cached for row in rows if row.plan.cached is not None}
-        ranges |= {key[1:] for row in rows for key in row.plan.keep if key[0] == "range"}  # type: ignore[misc]
-        cuts = sorted({0, self.depth, *(edge for pair in ranges for edge in pair)})
-        return list(pairwise(cuts))
+        sites = {site for row in rows for site in row.plan.reads if site.kind == "blocks"}
+        sites |= {feature.site for feature in kept}
+        return list(pairwise(sorted({0, self.depth, *(edge for s in sites for edge in (s.start, s.stop or 0))})))
 
-    @staticmethod
-    def _wait(h: Tensor, row: Row, block: int) -> Tensor:
-        """A row that does not run: unchanged, but for the remembered effect where its range begins."""
-        if row.plan.cached is not None and row.plan.cached[0] == block:
-            return h + row.memory["range", *row.plan.cached]
-        return h
-
-    @staticmethod
-    def _remember(rows: Sequence[Row], before: Tensor, after: Tensor, start: int, stop: int) -> None:
-        """Keep the effect of a range of blocks: begun as minus its input, ended by adding its output."""
-        for i, row in enumerate(rows):
-            for key in row.plan.keep:
-                if key[0] == "range" and key[1] == start:
-                    row.memory[key] = -before[i : i + 1]
-                if key[0] == "range" and key[2] == stop:  # type: ignore[misc]
-                    row.memory[key] = after[i : i + 1] + row.memory[key]
+    def _stretch(
+        self,
+        start: int,
+        stop: int,
+        h: Tensor,
+        inputs: BlockInputs,
+        rows: Sequence[Row],
+        store: FeatureStore,
+        places: Places,
+    ) -> Tensor:
+        """Blocks [start, stop) for the rows that run them; the others wait, with their effect added where it begins."""
+        reused = [_reused(row.plan, start) for row in rows]
+        running = [i for i, site in enumerate(reused) if site is None]
+        beginning = [i for i, site in enumerate(reused) if site is not None and site.start == start]
+        part = h
+        if running:
+            part = places.take(h, running)
+            given = {k: None if v is None else places.take(v, running) for k, v in inputs.items()}
+            active = [rows[i] for i in running]
+            for block in range(start, stop):
+                part = self.block(block, part, given, attention_rows(active, block, store, places))
+        if len(running) == len(rows) or not (running or beginning):
+            return part
+        if len(beginning) == len(rows):
+            return h + store.read([(row.memory, row.plan.reads[site]) for row, site in zip(rows, reused, strict=True)])  # type: ignore[index]
+        out = h.clone()
+        if running:
+            put(out, places.where(running), part)
+        if beginning:
+            effect = store.read([(rows[i].memory, rows[i].plan.reads[reused[i]]) for i in beginning])  # type: ignore[index]
+            put(out, places.where(beginning), places.take(h, beginning) + effect)
+        return out
 
     def block(self, number: int, h: Tensor, inputs: BlockInputs, attention: AttentionRows | None) -> Tensor:
         """One transformer block over hidden states h [rows, tokens, dim]."""
@@ -106,33 +129,37 @@ class DiT:
         return out
 
     def embed(self, x: Tensor) -> Tensor:
-        """Latents to tokens [rows, tokens, dim], with the position embedding of their size (made once a size)."""
+        """Latents to tokens [rows, tokens, dim], with the position embedding of their size."""
         patches = self.module.pos_embed
         size = (x.shape[-2] // patches.patch_size, x.shape[-1] // patches.patch_size)
-        if size not in self._positions:
-            self._positions[size] = self._position(size, x.device)
         h = patches.proj(x).flatten(2).transpose(1, 2)
-        out: Tensor = (h + self._positions[size]).to(h.dtype)
+        out: Tensor = (h + self._position(size, x.device)).to(h.dtype)
         return out
 
     def _position(self, size: tuple[int, int], device: torch.device) -> Tensor:
+        """The position table of a size [1, tokens, dim]: the network's own for its native one, others made and kept."""
         patches = self.module.pos_embed
         if size == (patches.height, patches.width):
             native: Tensor = patches.pos_embed
             return native
-        table = get_2d_sincos_pos_embed(
-            patches.pos_embed.shape[-1],
-            size,
-            base_size=patches.base_size,
-            interpolation_scale=patches.interpolation_scale,
-            device=device,
-            output_type="pt",
-        )
-        return table.float().unsqueeze(0)  # type: ignore[no-any-return]
+        if size not in self._positions:
+            table = get_2d_sincos_pos_embed(
+                patches.pos_embed.shape[-1],
+                size,
+                base_size=patches.base_size,
+                interpolation_scale=patches.interpolation_scale,
+                device=device,
+                output_type="pt",
+            )
+            self._positions[size] = table.float().unsqueeze(0)
+        self._positions.move_to_end(size)
+        while len(self._positions) > 1 and sum(t.nbytes for t in self._positions.values()) > POSITION_BYTES:
+            self._positions.popitem(last=False)
+        return self._positions[size]
 
     def conditions(self, h: Tensor, t: Tensor, given: Conditioning) -> tuple[BlockInputs, Tensor]:
         """What every block takes, and what the head takes, from times and conditioning."""
-        if self.conditional_first:
+        if self.by_class:
             labels = given["class_labels"]
             embedded = self.blocks[0].norm1.emb(t, labels, hidden_dtype=h.dtype)  # type: ignore[operator, union-attr]
             return dict(zip(_BLOCK_INPUTS, (t, labels, None, None), strict=True)), embedded
@@ -148,7 +175,7 @@ class DiT:
 
     def _head(self, h: Tensor, inputs: BlockInputs, embedded: Tensor) -> Tensor:
         dit = self.module
-        if self.conditional_first:
+        if self.by_class:
             shift, scale = dit.proj_out_1(F.silu(embedded)).chunk(2, dim=1)
             return dit.proj_out_2(dit.norm_out(h) * (1 + scale[:, None]) + shift[:, None])  # type: ignore[no-any-return]
         shift, scale = (dit.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
@@ -159,3 +186,27 @@ class DiT:
         h = h.reshape(-1, height, width, patch, patch, channels)
         h = torch.einsum("nhwpqc->nchpwq", h)
         return h.reshape(-1, channels, height * patch, width * patch)
+
+
+def _reused(plan: RowPlan, block: int) -> Site | None:
+    """The range of blocks around `block` that a row does not run."""
+    return next(
+        (s for s in plan.reads if s.kind == "blocks" and s.stop is not None and s.start <= block < s.stop), None
+    )
+
+
+def _zone(plan: RowPlan) -> tuple[int, int]:
+    """Where a row stands in the batch: rear-reusers (widest first), full rows, front-reusers (widest last)."""
+    site = next((s for s in plan.reads if s.kind == "blocks"), None)
+    if site is None or site.stop is None:
+        return 0, 0
+    return (-1, site.start) if site.start > 0 else (1, site.stop)
+
+
+def attention_rows(rows: Sequence[Row], block: int, store: FeatureStore, places: Places) -> AttentionRows | None:
+    """What the attentions of a block need to know of its rows; None where all is plain."""
+    site = attention(block)
+    special = any(site in row.plan.reads or any(f.site == site for f in row.plan.keep) for row in rows)
+    if special:
+        return AttentionRows(rows, segments(rows), site, store, places)
+    return AttentionRows(rows, segments(rows)) if any(row.lora is not None for row in rows) else None

@@ -1,8 +1,8 @@
 """The U-Net as nested levels: level l runs its input block, everything deeper, then the output block that closes it.
 
-A row whose plan exits at level b goes no deeper than b: its remembered hidden state (DeepCache) or zeros (depth-skip)
-stand in for what lies inside. Rows are ordered by depth, deepest first, so that the rows that go on are always the head
-of the batch: a slice, no gather and no index.
+A row that reuses level b goes no deeper than b: what it remembers (DeepCache) or zeros (depth-skip) stand in for what
+lies inside. Rows are sorted by depth, deepest first, so that the rows that go on are always the head of the batch: a
+slice, no gather and no index.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ from typing import Any, cast
 
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 
 from models.networks.attention import AttentionRows
-from models.rows import Conditioning, Row, segments
+from models.networks.sites import UNetSites, level
+from models.reuse.plans import Zeros
+from models.reuse.rows import Conditioning, Places, Row, keep, segments
+from models.reuse.sites import Feature
+from models.reuse.store import FeatureStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,87 +41,115 @@ class _Batch:
     """What travels down with the hidden states of `rows`."""
 
     rows: Sequence[Row]
+    depths: Sequence[int]  # the level beyond which each row reuses, the network's depth where it does not
     emb: Tensor  # [rows, time_dim]
     context: Tensor | None  # [rows, text_tokens, dim]
-    mask: Tensor | None  # [rows, 1, text_tokens], additive
     adapters: AttentionRows | None
     resize: bool  # a size that does not halve evenly all the way down
+    store: FeatureStore
+    places: Places
 
     def head(self, n: int) -> _Batch:
         if n == len(self.rows):
             return self
         rows = self.rows[:n]
-        context, mask = (t if t is None else t[:n] for t in (self.context, self.mask))
-        adapters = None if self.adapters is None else AttentionRows(rows, segments(rows))
-        return replace(self, rows=rows, emb=self.emb[:n], context=context, mask=mask, adapters=adapters)
+        return replace(
+            self,
+            rows=rows,
+            depths=self.depths[:n],
+            emb=self.emb[:n],
+            context=None if self.context is None else self.context[:n],
+            adapters=None if self.adapters is None else AttentionRows(rows, segments(rows)),
+        )
 
 
 class UNet:
     """Runs a diffusers `UNet2DConditionModel` (or an unconditional `UNet2DModel`) row by row as the plans say."""
 
-    conditional_first = False  # diffusers' pipelines batch [unconditional, conditional]
-
     def __init__(self, module: Any) -> None:
         self.module = module
         self.levels = _levels(module)
+        halvings = [0]
+        for one in self.levels[1:]:
+            halvings.append(halvings[-1] + isinstance(one.down, Downsample2D))
+        self.sites = UNetSites(
+            int(module.config.out_channels), tuple(one.inner_channels for one in self.levels), tuple(halvings)
+        )
 
     @property
     def depth(self) -> int:
         """Number of input blocks, L."""
         return len(self.levels)
 
-    def order(self, row: Row) -> tuple[Any, ...]:
-        """The sort key of a row in the batch: deepest first, then by adapter, unconditional before conditional."""
-        depth = self.depth if row.plan.exit is None else row.plan.exit.level
-        return (-depth, row.plan.adapter or "", row.role == "conditional")
+    def _depth_of(self, row: Row) -> int:
+        return min((site.start for site in row.plan.reads if site.kind == "level"), default=self.depth)
+
+    def _zeros(self, row: Row, number: int) -> bool:
+        return isinstance(row.plan.reads[level(number)].reuse, Zeros)
 
     @torch.inference_mode()
-    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]) -> Tensor:
-        """Predict from latents x [rows, channels, height, width] at times t [rows], rows sorted by `order`."""
+    def forward(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row], store: FeatureStore
+    ) -> Tensor:
+        """Predict from latents x [rows, channels, height, width] at times t [rows], in the order given."""
+        depths = [self._depth_of(row) for row in rows]
+        order = sorted(
+            range(len(rows)),
+            key=lambda i: (
+                -depths[i],
+                depths[i] < self.depth and self._zeros(rows[i], depths[i]),
+                rows[i].plan.adapter or "",
+            ),
+        )
+        places = Places(x)
+        x, t = places.take(x, order), places.take(t, order)
+        conditioning = {name: places.take(value, order) for name, value in conditioning.items()}
+        rows = [rows[i] for i in order]
         unet = self.module
-        depths = [self.order(row)[0] for row in rows]
-        if depths != sorted(depths):
-            raise ValueError("the rows are not in the order of `order`")
-        factor = 2 ** sum(level.upsampler is not None for level in self.levels)
+        factor = 2 ** sum(one.upsampler is not None for one in self.levels)
         if getattr(unet.config, "center_input_sample", False):
             x = 2 * x - 1.0
         batch = _Batch(
             rows,
+            [depths[i] for i in order],
             self._embed(x, t, conditioning),
             conditioning.get("encoder_hidden_states"),
-            None,
             AttentionRows(rows, segments(rows)) if any(row.lora for row in rows) else None,
             any(side % factor for side in x.shape[-2:]),
+            store,
+            places,
         )
         h = self._descend(0, x, batch)
         out: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
-        return out
+        return places.take(out, sorted(range(len(order)), key=order.__getitem__))
 
     def _descend(self, number: int, x: Tensor, batch: _Batch) -> Tensor:
         """Level `number` and everything inside it, for hidden states x of all rows that come this deep."""
         if number == self.depth:
             return self._middle(x, batch)
-        level = self.levels[number]
-        skip = self._attend(level.down_attention, self._down(level.down, x, batch.emb), batch)
-        deeper = sum(row.plan.exit is None or row.plan.exit.level > number for row in batch.rows)
+        this = self.levels[number]
+        skip = self._attend(this.down_attention, self._down(this.down, x, batch.emb), batch)
+        deeper = sum(depth > number for depth in batch.depths)
         parts: list[Tensor] = []
         if deeper:
             inner = self._descend(number + 1, skip[:deeper] if deeper < len(skip) else skip, batch.head(deeper))
-            for i, row in enumerate(batch.rows[:deeper]):
-                row.keep(("level", number), inner[i : i + 1])
+            keep(batch.store, batch.places, batch.rows[:deeper], Feature(level(number), "value"), inner)
             parts.append(inner)
-        parts += [self._recall(level, number, row, skip) for row in batch.rows[deeper:]]
+        parts += self._recalled(number, batch.rows[deeper:], skip, batch.store)
         h = parts[0] if len(parts) == 1 else torch.cat(parts)
-        h = self._attend(level.up_attention, level.up(torch.cat([h, skip], dim=1), batch.emb), batch)
-        if level.upsampler is not None:
-            h = level.upsampler(h, x.shape[2:] if batch.resize else None)
+        h = self._attend(this.up_attention, this.up(torch.cat([h, skip], dim=1), batch.emb), batch)
+        if this.upsampler is not None:
+            h = this.upsampler(h, x.shape[2:] if batch.resize else None)
         return h
 
-    def _recall(self, level: Level, number: int, row: Row, skip: Tensor) -> Tensor:
-        """What enters the output block of a row that goes no deeper, [1, inner_channels, height, width]."""
-        if row.plan.exit is not None and row.plan.exit.remembered:
-            return row.memory["level", number]
-        return skip.new_zeros(1, level.inner_channels, *skip.shape[2:])
+    def _recalled(self, number: int, rows: Sequence[Row], skip: Tensor, store: FeatureStore) -> list[Tensor]:
+        """What enters the output block of rows that go no deeper: remembered, then zeros, [rows, channels, h, w]."""
+        site = level(number)
+        remembering = [(row.memory, row.plan.reads[site]) for row in rows if not self._zeros(row, number)]
+        parts = [store.read(remembering)] if remembering else []
+        if zeros := len(rows) - len(remembering):
+            parts.append(skip.new_zeros(zeros, self.levels[number].inner_channels, *skip.shape[2:]))
+        return parts
 
     def _middle(self, x: Tensor, batch: _Batch) -> Tensor:
         middle = self.module.mid_block
@@ -142,7 +175,6 @@ class UNet:
             x,
             encoder_hidden_states=batch.context,
             cross_attention_kwargs=None if batch.adapters is None else {"rows": batch.adapters},
-            encoder_attention_mask=batch.mask,
             return_dict=False,
         )[0]
         return out

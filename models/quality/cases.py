@@ -16,9 +16,9 @@ from models.accelerators import (
 )
 from models.backbone import Backbone
 from models.costs.macs import Usage, usage
-from models.plan import StepPlan
 from models.request import Request, Run
 from models.resolve import resolve
+from models.reuse.plans import StepPlan, Zeros
 from models.spec import ModelSpec
 
 Kind = Literal["baseline", "unguided", "teacher", "accelerated", "same_macs", "zeros", "full_steps"]
@@ -51,9 +51,8 @@ class ZerosInMemory(DeepCache):
     """Negative control of DeepCache: zeros where it would put the remembered features. Never offered to requests."""
 
     def plan(self, step: int, num_steps: int) -> StepPlan:
-        """DeepCache's plan, with an exit that remembers nothing."""
-        plan = super().plan(step, num_steps)
-        return plan if plan.exit is None else StepPlan(exit=replace(plan.exit, remembered=False))
+        """DeepCache's plan, with zeros in place of what it recalls."""
+        return StepPlan(dict.fromkeys(super().plan(step, num_steps).reuse, Zeros()))
 
 
 def cases(backbone: Backbone, accelerations: Sequence[Acceleration], num_inference_steps: int) -> list[Case]:
@@ -132,7 +131,7 @@ def _deepcache(case: Case, cache: DeepCache) -> list[Case]:
     zeros = ZerosInMemory(**cache.model_dump())
     accelerators = tuple(zeros if accelerator is cache else accelerator for accelerator in case.accelerators)
     steps = case.num_inference_steps
-    full = sum(cache.plan(step, steps).exit is None for step in range(steps))
+    full = sum(not cache.plan(step, steps).reuse for step in range(steps))
     others = tuple(accelerator for accelerator in case.accelerators if accelerator is not cache)
     return [
         replace(case, label="zeros in place of the memory", kind="zeros", accelerators=accelerators, of=case.label),

@@ -10,8 +10,9 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import ModelLoadError
-from models.plan import Method
 
+Method = Literal["full", "ast", "wa-rs", "asc", "wa-rs+asc"]
+"""One choice for a self-attention: see `models.accelerators.ditfastattn`."""
 METHODS: tuple[Method, ...] = ("full", "ast", "wa-rs", "asc", "wa-rs+asc")
 Metric = Literal["paper", "signed"]
 

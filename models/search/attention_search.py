@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from models.accelerators.ditfastattn import attention_plan
 from models.backbone import Backbone
 from models.denoise import predict
 from models.errors import RequestError, WrongBackbone
 from models.generate import start
-from models.plan import Key, Method, StepPlan, computes, row_plan
+from models.networks.sites import attention
 from models.request import Request
 from models.resolve import resolve
-from models.rows import Row
-from models.search.attention_plan import Metric, Plan
+from models.reuse.compile import Known, computes, row_plan, view
+from models.reuse.plans import ROLES, Role, RowPlan
+from models.reuse.rows import Row
+from models.reuse.sites import Feature
+from models.search.attention_plan import Method, Metric, Plan
 from models.trajectory import Trajectory
 
 CANDIDATES: tuple[Method, ...] = ("ast", "wa-rs+asc", "wa-rs", "asc")
@@ -95,6 +99,7 @@ class _Search:
     threshold: float
     window: int
     metric: Metric
+    known: dict[Role, Known] = field(default_factory=lambda: {role: {} for role in ROLES})
 
     @property
     def settings(self) -> dict[str, object]:
@@ -131,23 +136,33 @@ class _Search:
 
     def take(self, methods: Sequence[Method]) -> None:
         """Take the step with these methods, remembering everything it computes."""
-        predictions = predict(self.backbone, self._rows(methods, keep=True))
+        rows = self._rows(methods)
+        for row, _ in rows:
+            row.plan = replace(row.plan, keep=self._computed(row.plan))
+        predictions = predict(self.backbone, rows)
+        for row in {row.role: row for row, _ in rows}.values():
+            self.known[row.role] |= {feature: [row.plan.step] for feature in row.plan.keep}
+        for row, _ in rows:
+            row.memory.forget([entry for entry in row.memory.slots if entry[1] not in self.known[row.role][entry[0]]])
         for trajectory in self.trajectories:
             trajectory.follow(predictions[trajectory, "conditional"], predictions.get((trajectory, "unconditional")))
 
     def _output(self, methods: Sequence[Method]) -> Tensor:
-        return torch.cat(list(predict(self.backbone, self._rows(methods, keep=False)).values()))
+        return torch.cat(list(predict(self.backbone, self._rows(methods)).values()))
 
-    def _rows(self, methods: Sequence[Method], keep: bool) -> list[tuple[Row, Trajectory]]:
-        blocks = range(self.backbone.spec.depth)
-        keys: list[Key] = [(kind, block) for block in blocks for kind in ("attention", "residual")]
-        rows = []
-        for trajectory in self.trajectories:
-            for row in trajectory.rows():
-                row.plan = row_plan(StepPlan(attention=tuple(methods), window=self.window), row.role)
-                if keep:
-                    row.plan = replace(row.plan, keep=frozenset(key for key in keys if computes(row.plan, key)))
-                rows.append((row, trajectory))
+    def _computed(self, plan: RowPlan) -> frozenset[Feature]:
+        """All that a later step might share."""
+        sites = [attention(block) for block in range(self.backbone.spec.depth)]
+        features = [f for site in sites for f in (Feature(site, "value"), Feature(site, "residual", self.window))]
+        return frozenset(f for f in features if computes(self.backbone.spec.sites, plan.reads, f))
+
+    def _rows(self, methods: Sequence[Method]) -> list[tuple[Row, Trajectory]]:
+        sites, asked = self.backbone.spec.sites, attention_plan(methods, self.window)
+        step = self.trajectories[0].step
+        plans = {role: row_plan(sites, view(asked, role), self.known[role], step) for role in ROLES}
+        rows = [(row, trajectory) for trajectory in self.trajectories for row in trajectory.rows()]
+        for row, _ in rows:
+            row.plan = plans[row.role]
         return rows
 
 

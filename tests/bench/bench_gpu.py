@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from app.engine.pace import knee
 from models import advance, generate
 from models.costs.macs import counter_for
-from models.plan import RowPlan
+from models.reuse.plans import RowPlan
 from tests.bench.gpu_checks import compiled, graphed, running, synchronisations, timed
 from tests.bench.gpu_models import MODELS, PEAK_TFLOPS, gpu_model
 from tests.bench.harness import Contender, elapsed, machine, note, options, quiet, race

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from models.accelerators import CfgStudent
 from models.denoise import predict
-from models.rows import Conditioning
+from models.reuse.rows import Conditioning
 from tests.bench import zoo
 from tests.bench.harness import Contender, Spread, note, options, quiet, race
 from tests.bench.report import Report, bars

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.rows import memory_bytes
-
 Draw = Callable[..., Any]
 
 
@@ -44,7 +42,8 @@ def deepcache(pipeline: Any, interval: int, branch: int) -> Iterator[Any]:
 
 def deepcache_bytes(helper: Any) -> int:
     """Feature bytes that the package holds."""
-    return memory_bytes([dict(enumerate(_tensors(helper.cached_output)))])  # type: ignore[arg-type]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(helper.cached_output)}
+    return sum(storages.values())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

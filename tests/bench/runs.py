@@ -17,9 +17,8 @@ from models.accelerators import (
 )
 from models.costs.macs import usage
 from models.generate import start
-from models.plan import Method
 from models.resolve import resolve
-from models.search.attention_plan import Plan
+from models.search.attention_plan import Method, Plan
 from models.trajectory import Trajectory
 from tests.bench.zoo import Model
 

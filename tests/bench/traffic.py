@@ -10,7 +10,6 @@ from heapq import heappop, heappush
 from app.engine.batcher import Batcher
 from models import Request, advance
 from models.generate import decode, start
-from models.plan import StepRows
 from models.resolve import resolve
 from models.trajectory import Trajectory
 from tests.bench.harness import clock
@@ -145,7 +144,7 @@ def batched(model: Model, traffic: Sequence[Sequence[Order]], max_rows: int, key
         if not tick:
             return clients.outcome
         clients.outcome.rows.append(sum(item.num_rows for item in tick))
-        clients.outcome.plans.append(len({asked(item.trajectory.plan) for item in tick}))
+        clients.outcome.plans.append(len({item.trajectory.plan.asked for item in tick}))
         advance(backbone, [item.trajectory for item in tick])
         finished = [item for item in tick if item.trajectory.done]
         for item in tick:
@@ -168,14 +167,9 @@ def mixed(item: Item) -> Hashable:
 
 def equal_plan(item: Item) -> Hashable:
     """Only rows whose coming step does the same share a tick."""
-    return asked(item.trajectory.plan)
+    return item.trajectory.plan.asked
 
 
 def equal_settings(item: Item) -> Hashable:
     """Only requests of the same accelerators and steps share a tick: the settings are in the batch key."""
     return item.order.label
-
-
-def asked(step: StepRows) -> Hashable:
-    """What a step does, without what it remembers."""
-    return tuple((p.exit, p.cached, p.attention, p.window, p.adapter) for p in step)

@@ -20,8 +20,7 @@ from models import Backbone, Plan, Request, generate
 from models.accelerators import DeltaDiT, DiTFastAttn
 from models.accelerators.base import Accelerator
 from models.networks.window import window_attention
-from models.plan import Method
-from models.search.attention_plan import METHODS
+from models.search.attention_plan import METHODS, Method
 from tests.reference import by_pipeline, generators
 
 STEPS, BLOCKS, TOKENS, WINDOW = 6, 6, 64, 5

@@ -15,8 +15,11 @@ from torch import Tensor
 from models import Backbone, Request, generate
 from models.accelerators import DeepCache, NoAcceleration
 from models.accelerators.base import Accelerator
-from models.plan import Exit, RowPlan, StepPlan
-from models.rows import Row
+from models.reuse import plans
+from models.reuse.compile import compile_run
+from models.reuse.plans import StepPlan
+from models.reuse.rows import Row
+from models.reuse.store import FeatureStore, Memory
 from models.solvers.names import REGISTRY
 from tests.reference import by_pipeline, generators
 
@@ -129,8 +132,7 @@ class Zeros(DeepCache):
     """The paper's negative control: the same shallow steps, with zeros in place of the memory."""
 
     def plan(self, step: int, num_steps: int) -> StepPlan:
-        plan = super().plan(step, num_steps)
-        return StepPlan(exit=plan.exit and Exit(plan.exit.level, remembered=False))
+        return StepPlan(dict.fromkeys(super().plan(step, num_steps).reuse, plans.Zeros()))
 
 
 @pytest.mark.parametrize("branch", [0, 3, 7])
@@ -154,8 +156,11 @@ def test_remembers_what_enters_the_closing_output_block(branch: int, backbone_of
     network = backbone_of("sd").network
     x, t = torch.randn(1, 4, 16, 16), torch.tensor([400.0])
     conditioning = {"encoder_hidden_states": torch.randn(1, 5, 32)}
-    plan = DeepCache(interval=2, branch=branch).plan(1, 2)
-    full = Row(RowPlan(keep=frozenset({("level", branch)})), "conditional", owner=None)
-    plain = network.forward(x, t, conditioning, [full])
-    shallow = network.forward(x, t, conditioning, [Row(RowPlan(exit=plan.exit), "conditional", None, full.memory)])
+    steps = compile_run(network.sites, (DeepCache(interval=2, branch=branch),), 2, guided=False)
+    memory, store = Memory(), FeatureStore()
+    plain, shallow = (
+        network.forward(x, t, conditioning, [Row(step.conditional, "conditional", None, memory)], store)
+        for step in steps
+        if step.conditional is not None
+    )
     assert torch.equal(plain, shallow)

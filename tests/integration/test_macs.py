@@ -12,8 +12,9 @@ from models import macs
 from models.accelerators import DeepCache, DeltaDiT, DepthSkip
 from models.costs.counter import MacCounter
 from models.errors import ModelLoadError, WrongBackbone
+from models.networks.sites import level
 from models.networks.unet import truncate
-from models.plan import Exit, RowPlan
+from models.reuse.plans import Reading, Recall, RowPlan
 
 CIFAR: dict[str, Any] = {
     "_class_name": "UNet2DModel",
@@ -65,7 +66,7 @@ def test_cifar_full_and_shallow() -> None:
     giga(counter.row(RowPlan()), 6.222)
     giga(MacCounter(CIFAR, (32, 32), attention_matmuls=False).row(RowPlan()), 6.054)
     for branch, wanted in enumerate([0.494, 1.283, 2.239, 3.384]):
-        giga(counter.row(RowPlan(exit=Exit(branch))), wanted)
+        giga(counter.row(RowPlan(reads={level(branch): Reading(Recall())})), wanted)
 
 
 @pytest.mark.parametrize(("interval", "wanted"), [(10, 2.637), (5, 3.036), (3, 3.593), (2, 4.230)])
@@ -78,7 +79,7 @@ def test_sd15_full_and_shallow(sd15: MacCounter) -> None:
     giga(sd15.row(RowPlan()), 401.64)
     giga(MacCounter(SD15, (64, 64), attention_matmuls=False).row(RowPlan()), 338.61)
     for branch, wanted in enumerate([31.63, 90.07, 152.71]):
-        giga(sd15.row(RowPlan(exit=Exit(branch))), wanted)
+        giga(sd15.row(RowPlan(reads={level(branch): Reading(Recall())})), wanted)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations_with_replacement, count
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from models import Backbone, Plan, Request, advance, generate
 from models.accelerators import CfgStudent, DeepCache, DeltaDiT, DepthSkip, DiTFastAttn, SelectiveGuidance
+from models.denoise import predict
 from models.generate import start
-from models.plan import Exit, RowPlan
 from models.resolve import resolve
-from models.rows import Row
 from models.search.attention_plan import METHODS
 from models.trajectory import Trajectory
 
@@ -143,9 +141,7 @@ def run(backbone: Backbone, requests: Sequence[Request], stagger: int = 0) -> li
 
 
 def check_memory(trajectory: Trajectory) -> None:
-    """What is remembered owns its storage, and nothing is once the run is done."""
-    for memory in trajectory.memory.values():
-        assert all(t.untyped_storage().nbytes() == t.nbytes for t in memory.values())
+    """Nothing is remembered once the run is done."""
     if trajectory.done:
         assert trajectory.memory_bytes() == 0
 
@@ -247,11 +243,10 @@ def test_before_and_after_anything_else(layout: str, name: str, student_of: Back
 
     aborted = begin(backbone, request(layout, name, backbone, seed=5))
     advance(backbone, [aborted])
-    remembered = [weakref.ref(t) for memory in aborted.memory.values() for t in memory.values()]
-    assert remembered
+    assert backbone.features.nbytes == aborted.memory_bytes() > 0
     del aborted
     gc.collect()
-    assert all(reference() is None for reference in remembered)
+    assert backbone.features.nbytes == 0
 
     with pytest.raises(RuntimeError, match="broken on purpose"):
         generate(replace(backbone, network=Failing(backbone.network, at=2)), [request(layout, name, backbone, seed=6)])
@@ -304,16 +299,32 @@ def test_few_rows_a_tick(student_of: Backbones, alone: Callable[..., Tensor]) ->
         assert distance(result.latents, alone("sd", name, torch.float32)) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("layout", "plans"),
-    [
-        ("dit", [RowPlan(), RowPlan(cached=(0, 3)), RowPlan()]),
-        ("sd", [RowPlan(exit=Exit(2, remembered=False)), RowPlan()]),
-    ],
-)
-def test_rows_out_of_order_are_refused(layout: str, plans: list[RowPlan], backbone_of: Backbones) -> None:
-    rows = [Row(plan, "conditional", i) for i, plan in enumerate(plans)]
-    n = len(rows)
-    conditioning = {"class_labels": torch.ones(n, dtype=torch.long), "encoder_hidden_states": torch.randn(n, 5, 32)}
-    with pytest.raises(ValueError, match="order"):
-        backbone_of(layout).forward(torch.randn(n, 4, 16, 16), torch.ones(n), conditioning, rows)
+@pytest.mark.parametrize("layout", CASES)
+def test_the_peak_of_memory_is_known_before_the_start(layout: str, student_of: Backbones) -> None:
+    """To the byte, alone and all together; and nothing is held afterwards."""
+    backbone = student_of(layout)
+    runs = [resolve(backbone.spec, backbone.scheduler_config, request(layout, n, backbone)) for n in CASES[layout]]
+    for run in runs:
+        backbone.features.peak_bytes = 0
+        [trajectory] = start(backbone, run)
+        while not trajectory.done:
+            advance(backbone, [trajectory])
+        assert backbone.features.peak_bytes == run.feature_bytes
+        assert backbone.features.nbytes == backbone.features.reserved_bytes == 0
+    assert any(run.feature_bytes for run in runs)
+
+
+@pytest.mark.parametrize(("layout", "name"), [("sd", "deepcache"), ("dit", "delta_dit"), ("pixart-sigma", "both")])
+def test_rows_are_answered_in_the_order_given(layout: str, name: str, student_of: Backbones) -> None:
+    """However a network sorts them: reduced rows between full ones, conditional and unconditional in turns."""
+    backbone = student_of(layout, torch.float64)
+    trajectories = [begin(backbone, request(layout, n, backbone)) for n in (name, "none", name, "none", name)]
+    for i, trajectory in enumerate(trajectories):
+        for _ in range(i):
+            advance(backbone, [trajectory])
+    rows = [(row, trajectory) for trajectory in trajectories for row in trajectory.rows()]
+    alone = {(t, r.role): predict(backbone, [(row, t) for row in t.rows()])[t, r.role] for r, t in rows}
+    random.Random(0).shuffle(rows)
+    together = predict(backbone, rows)
+    for key, prediction in together.items():
+        assert distance(prediction, alone[key]) <= 1e-10

@@ -20,8 +20,9 @@ from PIL import Image
 
 from models import Backbone, Request, Result, generate, load
 from models.networks.unet import UNet
-from models.plan import RowPlan
-from models.rows import Row
+from models.reuse.plans import RowPlan
+from models.reuse.rows import Row
+from models.reuse.store import FeatureStore
 from models.solvers.names import REGISTRY
 from tests.pipelines import LAYOUTS, TEXT_LAYOUTS, UNETS
 from tests.reference import Drawn, by_loop, by_pipeline, class_conditioning, generators, text_conditioning
@@ -155,7 +156,7 @@ def test_the_unconditional_unet() -> None:
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     unet = UNet2DModel(sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4, **blocks)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([7, 500])
-    ours = UNet(unet).forward(x, t, {}, [Row(RowPlan(), "conditional", i) for i in range(2)])
+    ours = UNet(unet).forward(x, t, {}, [Row(RowPlan(), "conditional", i) for i in range(2)], FeatureStore())
     with torch.inference_mode():
         assert torch.equal(ours, unet(x, t).sample)
 

@@ -21,7 +21,7 @@ from app.serve import Server
 from app.settings import Settings
 from models import Backbone
 from models.generate import decode
-from models.rows import Row
+from models.reuse.rows import Row
 from models.trajectory import Trajectory
 from tests.serving import aio, hooked, pixels, serving, slowed, until
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from models import Backbone
-from models.rows import Row
+from models.reuse.rows import Row
 from tests.serving import PROMPT, Served, aio, hooked, serving, slowed
 
 Model = Callable[..., Backbone]

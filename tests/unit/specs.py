@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from models.networks.sites import TransformerSites, UNetSites
 from models.spec import AdapterInfo, ModelSpec, RunSpec
 
+UNET_SITES = UNetSites(4, channels=(8,) * 12, halvings=(0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3))
+DIT_SITES = TransformerSites(4, depth=4, patch_size=2, dim=16, heads=2, head_dim=8)
 SCHEDULERS = ("ddim", "pndm", "euler", "dpmpp_2m", "heun")
 
 
@@ -17,6 +20,7 @@ def unet_spec(depth: int = 12, **changes: Any) -> ModelSpec:
         family="unet",
         layout="sd",
         config_hash="hash",
+        sites=replace(UNET_SITES, channels=(8,) * depth, halvings=(0,) * depth),
         depth=depth,
         latent_channels=4,
         latent_scale=8,
@@ -31,7 +35,8 @@ def unet_spec(depth: int = 12, **changes: Any) -> ModelSpec:
 
 def dit_spec(depth: int = 28, **changes: Any) -> ModelSpec:
     """A transformer of 64 tokens at 128 pixels."""
-    shape = {"family": "dit", "layout": "pixart", "name": "dit", "patch_size": 2}
+    sites = replace(DIT_SITES, depth=depth)
+    shape = {"sites": sites, "family": "dit", "layout": "pixart", "name": "dit", "patch_size": 2}
     return replace(unet_spec(depth), **{**shape, "native_width": 128, "native_height": 128, **changes})
 
 

@@ -21,7 +21,8 @@ from models.accelerators import (
 )
 from models.accelerators.base import Accelerator
 from models.accelerators.deepcache import nonuniform_steps
-from models.plan import Exit, StepPlan
+from models.networks.sites import attention, blocks, level
+from models.reuse.plans import Recall, Shared, StepPlan, Window, Zeros
 from models.search.attention_plan import Plan
 from tests.unit.specs import dit_spec, run_spec, unet_spec
 
@@ -40,26 +41,30 @@ PLAN = Plan.model_validate(
     }
 )
 
-FULL, ZEROS = StepPlan(), StepPlan(exit=Exit(8, remembered=False))
+REUSE = {"ast": Recall(), "wa-rs": Window(7), "asc": Shared(), "wa-rs+asc": Shared(Window(7))}
+FULL, ZEROS = StepPlan(), StepPlan({level(8): Zeros()})
 PLANS: dict[str, tuple[Accelerator, list[StepPlan]]] = {
     "none": (NoAcceleration(), [FULL] * 4),
-    "deepcache": (DeepCache(interval=2, branch=3), [FULL, StepPlan(exit=Exit(3))] * 2),
+    "deepcache": (DeepCache(interval=2, branch=3), [FULL, StepPlan({level(3): Recall()})] * 2),
     "delta_dit": (
         DeltaDiT(interval=3, blocks=5, boundary=4),
         [
             FULL,
-            StepPlan(cached=(23, 28)),
-            StepPlan(cached=(23, 28)),
+            StepPlan({blocks(23, 28): Recall()}),
+            StepPlan({blocks(23, 28): Recall()}),
             FULL,
             FULL,
-            StepPlan(cached=(0, 5)),
+            StepPlan({blocks(0, 5): Recall()}),
             FULL,
-            StepPlan(cached=(0, 5)),
+            StepPlan({blocks(0, 5): Recall()}),
         ],
     ),
     "ditfastattn": (
         DiTFastAttn(plan=PLAN),
-        [StepPlan(attention=row, window=7) for row in PLAN.table],
+        [
+            StepPlan({attention(k): REUSE[method] for k, method in enumerate(row) if method != "full"})
+            for row in PLAN.table
+        ],
     ),
     "cfg_student": (CfgStudent(), [StepPlan(guided=False, adapter="student")] * 3),
     "depth_skip": (DepthSkip(depth=9), [ZEROS] * 3),
@@ -99,7 +104,7 @@ def test_nonuniform_golden_lists(interval: int, center: int, power: float) -> No
     expected = [int(step) for step in GOLDEN[interval, center, power].split()]
     assert sorted(nonuniform_steps(50, interval, center, power)) == expected
     accelerator = DeepCache(interval=interval, schedule="nonuniform", center=center, power=power)
-    assert [s for s in range(50) if accelerator.plan(s, 50).exit is None] == expected
+    assert [s for s in range(50) if not accelerator.plan(s, 50).reuse] == expected
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 20, 50, 333])
@@ -114,7 +119,7 @@ def test_nonuniform_lists_always_start_full(num_steps: int, interval: int, cente
 @pytest.mark.parametrize(("num_steps", "interval", "full"), [(50, 5, 10), (7, 3, 3), (3, 10, 1), (4, 1, 4)])
 def test_uniform_takes_ceil_full_steps(num_steps: int, interval: int, full: int) -> None:
     plans = [DeepCache(interval=interval).plan(step, num_steps) for step in range(num_steps)]
-    assert sum(plan.exit is None for plan in plans) == full
+    assert sum(not plan.reuse for plan in plans) == full
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ MODELS = sorted((ROOT / "models").rglob("*.py"))
 APP = sorted((ROOT / "app").rglob("*.py"))
 HTTP = {"fastapi", "starlette", "uvicorn", "sse_starlette", "prometheus_client", "typer", "asyncio"}
 TENSORS = {"torch", "diffusers", "transformers", "peft", "safetensors", "numpy"}
-PURE = [*sorted((ROOT / "models" / "accelerators").glob("*.py")), ROOT / "models/plan.py", ROOT / "models/spec.py"]
+PURE = [*sorted((ROOT / "models" / "accelerators").glob("*.py")), ROOT / "models/spec.py"]
+PURE += [ROOT / f"models/reuse/{name}.py" for name in ("sites", "plans", "compile", "weights")]
+PURE += [ROOT / "models/networks/sites.py"]
 PURE += [ROOT / "models/errors.py", ROOT / "models/search/attention_plan.py"]
 
 

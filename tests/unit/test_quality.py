@@ -14,9 +14,10 @@ from PIL import Image
 from models import Backbone
 from models.accelerators import CfgStudent, DeepCache, SelectiveGuidance
 from models.errors import WrongBackbone
-from models.plan import Exit
+from models.networks.sites import level
 from models.quality import metrics
 from models.quality.cases import ZerosInMemory, cases, cost, defaults
+from models.reuse.plans import Zeros
 from models.shapes import classifier
 from models.shapes.pictures import to_tensor
 from models.shapes.shapes import Scene, Thing, render, sample_scenes
@@ -95,7 +96,7 @@ def test_deepcache_has_its_negative_and_its_positive_control(backbone_of: Callab
     chosen = cases(backbone_of("sd"), [[DeepCache(interval=3), SelectiveGuidance(stop=0.5)]], 10)
     zeros, full = (next(case for case in chosen if case.kind == kind) for kind in ("zeros", "full_steps"))
     assert isinstance(zeros.accelerators[0], ZerosInMemory)
-    assert [zeros.accelerators[0].plan(step, 10).exit for step in range(3)] == [None, *[Exit(0, remembered=False)] * 2]
+    assert [zeros.accelerators[0].plan(step, 10).reuse for step in range(3)] == [{}, *[{level(0): Zeros()}] * 2]
     assert full.num_inference_steps == 4
     assert full.accelerators == (SelectiveGuidance(stop=0.5),)
 

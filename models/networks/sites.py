@@ -1,0 +1,103 @@
+"""What the networks declare of themselves: where a row may take a result from memory. Plain data, no tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.reuse.sites import OUTPUT, Feature, Kind, Site, Span
+
+
+def level(number: int) -> Site:
+    """Everything inside level `number` of a U-Net: what enters the output block that closes it."""
+    return Site("level", number)
+
+
+def blocks(start: int, stop: int) -> Site:
+    """Transformer blocks [start, stop)."""
+    return Site("blocks", start, stop)
+
+
+def attention(number: int) -> Site:
+    """The self-attention of transformer block `number`."""
+    return Site("attention", number)
+
+
+@dataclass(frozen=True, slots=True)
+class UNetSites:
+    """Nested levels. `channels` and `halvings` of the hidden state that enters each level's output block.
+
+    Part l is input block l, part L the middle, part 2L - l the output block that closes level l.
+    """
+
+    latent_channels: int
+    channels: tuple[int, ...]
+    halvings: tuple[int, ...]
+
+    @property
+    def depth(self) -> int:
+        """Input blocks, L."""
+        return len(self.channels)
+
+    def span(self, site: Site) -> Span:
+        """See `Sites`."""
+        if site == OUTPUT:
+            return 0, 2 * self.depth + 1
+        if site.kind != "level" or not 0 <= site.start < self.depth:
+            raise KeyError(f"{site}: this network has levels 0..{self.depth - 1}")
+        return site.start + 1, 2 * self.depth - site.start
+
+    def remembers(self, site: Site) -> Kind:
+        """See `Sites`."""
+        return "value"
+
+    def understands(self, site: Site) -> frozenset[str]:
+        """See `Sites`."""
+        return frozenset({"recall"} if site == OUTPUT else {"recall", "zeros"})
+
+    def shape(self, feature: Feature, height: int, width: int) -> tuple[int, ...]:
+        """See `Sites`."""
+        if feature.site == OUTPUT:
+            return self.latent_channels, height, width
+        for _ in range(self.halvings[feature.site.start]):
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return self.channels[feature.site.start], height, width
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerSites:
+    """A sequence of blocks with a self-attention each. Parts 3k, 3k + 1, 3k + 2: before, in and after attention k."""
+
+    latent_channels: int
+    depth: int
+    patch_size: int
+    dim: int
+    heads: int
+    head_dim: int
+
+    def span(self, site: Site) -> Span:
+        """See `Sites`."""
+        start, stop = site.start, site.stop
+        if site == OUTPUT:
+            return 0, 3 * self.depth
+        if site.kind == "attention" and 0 <= start < self.depth:
+            return 3 * start + 1, 3 * start + 2
+        if site.kind == "blocks" and stop is not None and 0 <= start < stop <= self.depth:
+            return 3 * start, 3 * stop
+        raise KeyError(f"{site}: this network has blocks 0..{self.depth} with an attention each")
+
+    def remembers(self, site: Site) -> Kind:
+        """See `Sites`."""
+        return "effect" if site.kind == "blocks" else "value"
+
+    def understands(self, site: Site) -> frozenset[str]:
+        """See `Sites`."""
+        return frozenset({"recall", "window", "shared"} if site.kind == "attention" else {"recall"})
+
+    def shape(self, feature: Feature, height: int, width: int) -> tuple[int, ...]:
+        """See `Sites`."""
+        if feature.site == OUTPUT:
+            return self.latent_channels, height, width
+        tokens = (height // self.patch_size) * (width // self.patch_size)
+        if feature.kind == "residual":
+            return self.heads, tokens, self.head_dim
+        return tokens, self.dim

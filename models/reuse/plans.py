@@ -1,0 +1,146 @@
+"""What is asked of one step and of one forward: plain data, no tensors.
+
+An accelerator answers each step with a `StepPlan` that only says what to *reuse*. `models.reuse.compile` merges the
+answers and works out what each row has to remember when, so no accelerator manages memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from models.reuse.sites import OUTPUT, Feature, Kind, Site
+
+Role = Literal["conditional", "unconditional"]
+ROLES: tuple[Role, Role] = ("conditional", "unconditional")
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """Zeros stand in for the site."""
+
+    name: ClassVar[str] = "zeros"
+    leaves: ClassVar[frozenset[Kind]] = frozenset()
+    """What of the site can be remembered in a step that does this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """A weighted sum of what the site gave when it was last computed: order 0 repeats it, order k extrapolates."""
+
+    order: int = 0
+    name: ClassVar[str] = "recall"
+    leaves: ClassVar[frozenset[Kind]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Attention in a band of 2 * width + 1 tokens, plus the remembered residual of the last full one."""
+
+    width: int
+    name: ClassVar[str] = "window"
+    leaves: ClassVar[frozenset[Kind]] = frozenset({"value"})
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Computed for the conditional row, in full or in a band, and given to its unconditional twin."""
+
+    of: Window | None = None
+    name: ClassVar[str] = "shared"
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """The unconditional half of `Shared`: the conditional row's result of the same step."""
+
+    of: Window | None = None
+    name: ClassVar[str] = "twin"
+
+    @property
+    def leaves(self) -> frozenset[Kind]:
+        """A full attention leaves both its result and its residual."""
+        return frozenset({"value", "residual"} if self.of is None else {"value"})
+
+
+Reuse = Zeros | Recall | Window | Shared
+RowReuse = Zeros | Recall | Window | Twin
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What an accelerator asks of one step of one trajectory. `None` means: not my business."""
+
+    reuse: Mapping[Site, Reuse] = field(default_factory=dict)
+    guided: bool | None = None
+    adapter: str | None = None
+
+
+Entry = tuple[Feature, int]
+"""One remembered tensor: a feature, and the step at which it was computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What stands in for a site in one forward of one row: the reuse, and the weighted entries that it reads."""
+
+    reuse: RowReuse
+    entries: tuple[Entry, ...] = ()
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """What one row does in one forward: `reads` in place of sites, `keep` of what it computes, `drop` afterwards."""
+
+    step: int = 0
+    reads: Mapping[Site, Reading] = field(default_factory=dict)
+    keep: frozenset[Feature] = frozenset()
+    drop: tuple[Entry, ...] = ()
+    adapter: str | None = None
+
+    @property
+    def asked(self) -> tuple[object, ...]:
+        """Equal for rows that are asked for the same, whatever they remember."""
+        return self.adapter, frozenset((site, reading.reuse) for site, reading in self.reads.items())
+
+    @property
+    def reduced(self) -> bool:
+        """Whether anything of the plain forward is left out."""
+        return bool(self.reads)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of one trajectory in one step. Without a conditional row the whole prediction is foretold.
+
+    `output` is what the trajectory itself reads and remembers: its predictions, guidance included.
+    """
+
+    conditional: RowPlan | None
+    unconditional: RowPlan | None = None
+    output: RowPlan = RowPlan()
+
+    @property
+    def num_rows(self) -> int:
+        """None where the prediction is foretold, one, or two where the step is guided."""
+        return sum(1 for _ in self)
+
+    @property
+    def foretold(self) -> bool:
+        """Whether this step needs no forward."""
+        return OUTPUT in self.output.reads
+
+    @property
+    def reduced(self) -> bool:
+        """Whether this step does less than the plain forward."""
+        return self.foretold or any(plan.reduced for plan in self)
+
+    @property
+    def asked(self) -> tuple[object, ...]:
+        """Equal for steps that are asked for the same."""
+        return tuple(plan.asked for plan in self)
+
+    def __iter__(self) -> Iterator[RowPlan]:
+        return (plan for plan in (self.conditional, self.unconditional) if plan is not None)

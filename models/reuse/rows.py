@@ -1,0 +1,105 @@
+"""The lines of a forward batch: each row brings its plan, its memory and its adapter; nothing is kept elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from models.device import upload
+from models.reuse.plans import Role, RowPlan
+from models.reuse.sites import Feature
+from models.reuse.store import FeatureStore, Memory
+
+if TYPE_CHECKING:
+    from models.adapters.lora import Lora
+
+Conditioning = dict[str, Tensor]
+"""What a backbone is conditioned on besides time, by the argument's name; each tensor is [1, ...]."""
+Where = slice | Tensor
+"""Rows of a batch: neighbours as a slice, which copies nothing, others by their positions on the device."""
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One row of one forward. `owner` ties a guided pair together; `memory` is the trajectory's, kept across steps."""
+
+    plan: RowPlan
+    role: Role
+    owner: Hashable
+    memory: Memory = field(default_factory=Memory)
+    lora: Lora | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Neighbouring rows [start, stop) under one adapter."""
+
+    start: int
+    stop: int
+    lora: Lora
+
+    def of(self, t: Tensor) -> Tensor:
+        """These rows of t [rows, ...]."""
+        return t if self.stop - self.start == len(t) else t[self.start : self.stop]
+
+
+def segments(rows: Sequence[Row]) -> tuple[Segment, ...]:
+    """The runs of neighbouring rows that share an adapter; base rows are in none."""
+    found: list[Segment] = []
+    for i, row in enumerate(rows):
+        if row.lora is None:
+            continue
+        if found and found[-1].stop == i and found[-1].lora is row.lora:
+            found[-1] = Segment(found[-1].start, i + 1, row.lora)
+        else:
+            found.append(Segment(i, i + 1, row.lora))
+    return tuple(found)
+
+
+class Places:
+    """Positions of rows as indices, for one forward: equal lists go to the device once."""
+
+    def __init__(self, device: Tensor) -> None:
+        self._device = device.device
+        self._uploaded: dict[tuple[int, ...], Tensor] = {}
+
+    def where(self, positions: Sequence[int]) -> Where:
+        """A slice where the positions are neighbours, else an index on the device."""
+        first, last = positions[0], positions[-1]
+        if last - first + 1 == len(positions) and all(p == first + i for i, p in enumerate(positions)):
+            return slice(first, last + 1)
+        key = tuple(positions)
+        if key not in self._uploaded:
+            self._uploaded[key] = upload(key, self._device)
+        return self._uploaded[key]
+
+    def take(self, x: Tensor, positions: Sequence[int]) -> Tensor:
+        """These rows of x [rows, ...]; x itself where they are all of it, in order."""
+        where = self.where(positions)
+        if isinstance(where, slice):
+            return x if where.start == 0 and where.stop == len(x) else x[where]
+        return x.index_select(0, where)
+
+
+def put(x: Tensor, where: Where, values: Tensor) -> None:
+    """Write values into these rows of x, in place."""
+    if isinstance(where, slice):
+        x[where] = values
+    else:
+        x.index_copy_(0, where, values)
+
+
+def keep(store: FeatureStore, places: Places, rows: Sequence[Row], feature: Feature, values: Tensor) -> None:
+    """Remember a feature [rows, ...] for those of the rows whose plans keep it."""
+    keepers = [i for i, row in enumerate(rows) if feature in row.plan.keep]
+    if keepers:
+        entries = [(rows[i].memory, (feature, rows[i].plan.step)) for i in keepers]
+        store.write(entries, places.take(values, keepers))
+
+
+def kept(rows: Sequence[Row], kind: str) -> Iterator[Feature]:
+    """The features on sites of this kind that any of the rows keeps, each once."""
+    yield from dict.fromkeys(feature for row in rows for feature in row.plan.keep if feature.site.kind == kind)
