@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -23,11 +23,20 @@ if TYPE_CHECKING:
     from models.costs.counter import MacCounter
 
 
+Stepping = Literal["exact", "batched"]
+"""Schedulers take their own steps, one trajectory at a time; or all of a tick step together, by tables of theirs."""
+
+
 class Network(Protocol):
     """The denoising network: serves rows with different plans in one forward."""
 
     module: nn.Module
-    sites: Sites
+    reusable: Sequence[nn.Module]
+    """The attentions that are sites."""
+
+    @property
+    def sites(self) -> Sites:
+        """What the network declares of itself."""
 
     @property
     def depth(self) -> int:
@@ -52,12 +61,18 @@ class Backbone:
     loras: Mapping[str, Lora]
     device: torch.device
     dtype: torch.dtype
+    stepping: Stepping = "exact"
     features: FeatureStore = field(default_factory=FeatureStore, repr=False)
     counters: dict[tuple[int, int, int], MacCounter] = field(default_factory=dict, repr=False)  # latent size, prompt
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]) -> Tensor:
         """One forward of the network over rows in any order; predictions come in the same."""
         return self.network.forward(x, t, conditioning, rows, self.features)
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """What latents that follow a table are kept in: at least single precision, whatever the network computes in."""
+        return self.dtype if self.stepping == "exact" else torch.promote_types(self.dtype, torch.float32)
 
     @property
     def roles(self) -> tuple[Role, ...]:

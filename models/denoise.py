@@ -9,36 +9,130 @@ import torch
 from torch import Tensor
 
 from models.device import upload
+from models.guidance import guidance_weights
 from models.reuse.plans import Role
 from models.reuse.rows import Row
+from models.reuse.sites import OUTPUT, Feature
+from models.solvers import batched, exact
 from models.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from models.backbone import Backbone
 
+PREDICTION = Feature(OUTPUT, "value")
+Pair = tuple[Row, Trajectory]
+
 
 @torch.inference_mode()
 def advance(backbone: Backbone, trajectories: Sequence[Trajectory]) -> None:
-    """Advance trajectories of one group by one step each, whatever each of their plans asks for.
+    """Advance trajectories of one group by one evaluation each, whatever each of their plans asks for.
 
-    An exception in the forward leaves every trajectory at its step, so that the tick can be tried again in parts.
+    Steps whose prediction is foretold need no forward: a trajectory takes those that follow at once. An exception in
+    the forward leaves every trajectory at its step, so that the tick can be tried again in parts.
     """
-    predictions = predict(backbone, [(row, trajectory) for trajectory in trajectories for row in trajectory.rows()])
-    for trajectory in trajectories:
-        trajectory.advance(predictions[trajectory, "conditional"], predictions.get((trajectory, "unconditional")))
+    tick = Tick(backbone, trajectories, [(row, t) for t in trajectories for row in t.rows()])
+    tick.step(tick.forward())
+    while trajectories := [t for t in trajectories if not t.done and t.plan.foretold]:
+        tick = Tick(backbone, trajectories, ())
+        tick.step(tick.foretold())
     backbone.features.trim()
 
 
-def predict(backbone: Backbone, rows: Sequence[tuple[Row, Trajectory]]) -> dict[tuple[Trajectory, Role], Tensor]:
-    """One forward over rows of one group; the prediction [1, channels, h, w] of each trajectory's rows by role.
+def predict(backbone: Backbone, rows: Sequence[Pair]) -> dict[tuple[Trajectory, Role], Tensor]:
+    """One forward over rows of one group; the prediction [1, channels, h, w] of each trajectory's rows by role."""
+    tick = Tick(backbone, list(dict.fromkeys(trajectory for _, trajectory in rows)), rows)
+    out = tick.forward()
+    return {(trajectory, row.role): out[i : i + 1] for i, (row, trajectory) in enumerate(tick.rows)}
 
-    Rows of one role stand together, in the order in which diffusers' pipelines batch them.
+
+class Tick:
+    """One step of trajectories of one group: `forward` or `foretold` gives predictions, `step` follows them.
+
+    Rows of one role stand together, in the order in which diffusers' pipelines batch them. A prediction that is
+    foretold stands for a trajectory's only row.
     """
-    rows = [pair for role in backbone.roles for pair in rows if pair[0].role == role]
-    inputs = {trajectory: trajectory.model_input() for _, trajectory in rows}
-    x = torch.cat([inputs[trajectory] for _, trajectory in rows])  # [rows, channels, h, w]
-    t = upload([float(trajectory.timestep) for _, trajectory in rows], x.device)
-    parts = [trajectory.conditioning[row.role] for row, trajectory in rows]
-    conditioning = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    out = backbone.forward(x, t, conditioning, [row for row, _ in rows])
-    return {(trajectory, row.role): out[i : i + 1] for i, (row, trajectory) in enumerate(rows)}
+
+    def __init__(self, backbone: Backbone, trajectories: Sequence[Trajectory], rows: Sequence[Pair]) -> None:
+        self.backbone = backbone
+        self.trajectories = trajectories
+        self.rows = [pair for role in backbone.roles for pair in rows if pair[0].role == role]
+        self._places: dict[Trajectory, dict[Role, int]] = {}
+        for i, (row, trajectory) in enumerate(self.rows):
+            self._places.setdefault(trajectory, {})[row.role] = i
+        for i, trajectory in enumerate(trajectories):
+            self._places.setdefault(trajectory, {"conditional": i})
+        self._by_scheduler = [t for t in trajectories if t.table is None]
+        self._by_table = [t for t in trajectories if t.table is not None]
+        if self._by_table:
+            self._moves = [self._move(trajectory) for trajectory in self._by_table]
+            state = self._by_table[0].state
+            self._packed = batched.pack(self._moves, state.dtype, state.device)
+            self._state = batched.stack([trajectory.state for trajectory in self._by_table], self._packed)
+
+    def _move(self, trajectory: Trajectory) -> batched.Move:
+        assert trajectory.table is not None  # noqa: S101
+        places = self._places[trajectory]
+        weights = guidance_weights(trajectory.guidance_scale) if len(places) > 1 else {"conditional": 1.0}
+        rows = tuple((place, weights[role]) for role, place in places.items())
+        return batched.Move(trajectory.table, trajectory.step, rows, len(trajectory.state))
+
+    def forward(self) -> Tensor:
+        """One forward of the network: predictions [rows, channels, h, w], in the order of `rows`."""
+        x = self._inputs()
+        t = upload([trajectory.time for _, trajectory in self.rows], x.device)
+        parts = [trajectory.conditioning[row.role] for row, trajectory in self.rows]
+        conditioning = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return self.backbone.forward(x, t, conditioning, [row for row, _ in self.rows])
+
+    def _inputs(self) -> Tensor:
+        """What the network is given, [rows, channels, h, w]."""
+        single = {t: exact.model_input(t) for t in self._by_scheduler}
+        if not self._by_table:
+            return torch.cat([single[t] for _, t in self.rows])
+        scaled = batched.model_input(self._state, self._packed.input_scale, self.backbone.dtype)
+        if not single:
+            return scaled.index_select(0, self._packed.owners)
+        single |= {t: scaled[i : i + 1] for i, t in enumerate(self._by_table)}
+        return torch.cat([single[t] for _, t in self.rows])
+
+    def foretold(self) -> Tensor:
+        """What the trajectories' own past predictions say of this one, [trajectories, channels, h, w]."""
+        readings = [(t.memory["output"], t.plan.output.reads[OUTPUT]) for t in self.trajectories]
+        return self.backbone.features.read(readings)
+
+    def step(self, predictions: Tensor) -> None:
+        """Follow the predictions [rows or trajectories, channels, h, w], and remember those that are wanted again."""
+        states: dict[Trajectory, Tensor] = {}
+        for trajectory in self._by_scheduler:
+            rows = {role: predictions[i : i + 1] for role, i in self._places[trajectory].items()}
+            combined = exact.combine(trajectory, rows)
+            self._remember([trajectory], combined)
+            if trajectory.watched:
+                trajectory.foreseen = exact.foresee(trajectory, combined)
+            states[trajectory] = exact.step(trajectory, combined)
+        if self._by_table:
+            states |= zip(self._by_table, self._step_together(predictions).unbind(), strict=True)
+        for trajectory, state in states.items():
+            trajectory.moved(state)
+
+    def _step_together(self, predictions: Tensor) -> Tensor:
+        """The next states [trajectories, registers, channels, h, w] of those that go by their tables."""
+        shape = tuple(self._state.shape[2:])
+        combined = batched.combine(predictions, self._packed, shape[0])
+        self._remember(self._by_table, combined)
+        if any(trajectory.watched for trajectory in self._by_table):
+            foreseen = batched.preview(self._state, combined, self._packed)
+            for trajectory, latents in zip(self._by_table, foreseen.unsqueeze(1).unbind(), strict=True):
+                trajectory.foreseen = latents if trajectory.watched else None
+        generators = [trajectory.generator for trajectory in self._by_table]
+        noise = batched.draw_noise(self._moves, generators, shape, self._state.dtype, self._state.device)
+        return batched.step(self._state, combined, self._packed, noise)
+
+    def _remember(self, trajectories: Sequence[Trajectory], combined: Tensor) -> None:
+        """Keep combined predictions [trajectories, channels, h, w] where a later step is foretold from them."""
+        keepers = [i for i, t in enumerate(trajectories) if PREDICTION in t.plan.output.keep]
+        if keepers:
+            entries = [(trajectories[i].memory["output"], (PREDICTION, trajectories[i].step)) for i in keepers]
+            index = upload(keepers, combined.device)
+            kept = combined if len(keepers) == len(combined) else combined.index_select(0, index)
+            self.backbone.features.write(entries, kept.to(self.backbone.latent_dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -15,7 +16,9 @@ from models.costs.macs import usage
 from models.denoise import advance
 from models.request import Request, Result, Run
 from models.resolve import resolve
+from models.solvers.batched import first_state
 from models.solvers.names import takes
+from models.solvers.tables import NotLinear, Table, table
 from models.trajectory import Trajectory
 
 Progress = Callable[[int, int], None]
@@ -35,7 +38,7 @@ def generate(
     groups: OrderedDict[Hashable, deque[Trajectory]] = OrderedDict()
     for trajectory in (t for trajectories in started for t in trajectories):
         groups.setdefault(trajectory.group, deque()).append(trajectory)
-    done, total = 0, sum(t.num_steps for trajectories in started for t in trajectories)
+    total = sum(t.num_steps for trajectories in started for t in trajectories)
     while groups:
         group, waiting = groups.popitem(last=False)
         tick = take(waiting, max_rows)
@@ -43,7 +46,7 @@ def generate(
         waiting.extend(t for t in tick if not t.done)
         if waiting:
             groups[group] = waiting
-        done += len(tick)
+        done = sum(t.step for trajectories in started for t in trajectories)
         if progress is not None:
             progress(done, total)
     return [finish(backbone, run, trajectories) for run, trajectories in zip(runs, started, strict=True)]
@@ -68,24 +71,41 @@ def start(backbone: Backbone, run: Run) -> list[Trajectory]:
 
 def _trajectory(backbone: Backbone, run: Run, i: int, conditioning: dict) -> Trajectory:  # type: ignore[type-arg]
     generator = torch.Generator("cpu").manual_seed(run.seeds[i])
-    scheduler = run.schedule.fresh()
+    scheduler, solver = run.schedule.fresh(), table_for(backbone, run)
+    latents = _first_latents(backbone, run, i, scheduler, solver, generator)
     return Trajectory(
-        latents=_first_latents(backbone, run, i, scheduler, generator),
+        state=latents if solver is None else first_state(latents, solver.registers),
         steps=run.steps,
         scheduler=scheduler,
         timesteps=run.schedule.timesteps,
+        times=run.schedule.times,
         conditioning=conditioning,
         guidance_scale=run.guidance_scale,
         generator=generator,
         step_options=takes(scheduler.__class__),
+        table=solver,
         lora=backbone.loras[run.adapter] if run.adapter is not None else None,
     )
 
 
-def _first_latents(backbone: Backbone, run: Run, i: int, scheduler: object, generator: torch.Generator) -> Tensor:
+def table_for(backbone: Backbone, run: Run) -> Table | None:
+    """The table that a run's scheduler is followed by; None where it takes its own steps."""
+    if backbone.stepping == "exact":
+        return None
+    try:
+        return table(run.schedule)
+    except NotLinear:
+        return None
+
+
+def _first_latents(
+    backbone: Backbone, run: Run, i: int, scheduler: Any, solver: Table | None, generator: torch.Generator
+) -> Tensor:
+    """Noise, or a picture with noise on it, [1, channels, h, w]: in float32 where a table is followed."""
     scale = backbone.spec.latent_scale
     shape = (1, backbone.spec.latent_channels, run.height // scale, run.width // scale)
-    request, device, dtype = run.request, backbone.device, backbone.dtype
+    request, device = run.request, backbone.device
+    dtype = backbone.dtype if solver is None else backbone.latent_dtype
     encoded = None
     if request.image is not None:
         encoded = backbone.encode(request.image, run.width, run.height, generator)
@@ -94,8 +114,11 @@ def _first_latents(backbone: Backbone, run: Run, i: int, scheduler: object, gene
     else:
         noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     if encoded is not None:
-        return scheduler.add_noise(encoded, noise, run.schedule.timesteps[:1])  # type: ignore[attr-defined, no-any-return]
-    return noise * scheduler.init_noise_sigma  # type: ignore[attr-defined, no-any-return]
+        if solver is not None:
+            kept, added = solver.add_noise
+            return kept * encoded.to(dtype) + added * noise
+        return scheduler.add_noise(encoded, noise, run.schedule.timesteps[:1])  # type: ignore[no-any-return]
+    return noise * scheduler.init_noise_sigma  # type: ignore[no-any-return]
 
 
 def decode(backbone: Backbone, latents: Sequence[Tensor]) -> list[Image.Image]:

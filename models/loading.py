@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import diffusers
 import torch
@@ -16,7 +16,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from huggingface_hub import snapshot_download
 
 from models.adapters.lora import load_lora
-from models.backbone import Backbone, Network
+from models.backbone import Backbone, Network, Stepping
 from models.device import find_device
 from models.errors import ModelLoadError
 from models.families.conditioning import Conditioner
@@ -53,12 +53,15 @@ def load(
     adapters: Mapping[str, str | Path] | None = None,
     plans: Mapping[str, str | Path | Plan] | None = None,
     compile: bool = False,
+    stepping: Stepping | Literal["auto"] = "auto",
 ) -> Backbone:
     """Load a model: a bundled name, a directory, or a hub id.
 
     `depth` loads only the first input blocks of a U-Net and their output blocks (depth-skip as a load option): what
     lies deeper never reaches memory, and students beside the model, distilled from all of it, stay where they are.
     `adapters` and `plans` add to those found beside the model, by name.
+    `stepping`: `exact` lets diffusers' schedulers take their own steps, bit for bit its pipelines; `batched` steps all
+    trajectories of a tick together, latents in float32; `auto` is exact on a CPU in float32 and above, else batched.
     `compile` compiles the repeated blocks (torch.compile, any batch size); what differs by row stays out of the graphs.
     Raises `ModelLoadError` where the files are not a servable model.
     """
@@ -80,7 +83,7 @@ def load(
     module = getattr(pipeline, part).eval()
     module.requires_grad_(False)
     network = cast(Network, UNet(module) if part == "unet" else DiT(module))
-    install(module, [block.attn1 for block in network.blocks] if isinstance(network, DiT) else ())
+    install(module, network.reusable)
     if compile:
         _compile_blocks(module)
     if getattr(pipeline.vae.config, "force_upcast", False) and dtype == torch.float16:
@@ -90,12 +93,18 @@ def load(
     students = {**(_found(directory, "adapters") if depth is None else {}), **(adapters or {})}
     loras = {n: load_lora(p, module, digest, n) for n, p in students.items()}
     files = {**_found(directory, "plans", ".json"), **(plans or {})}
-    spec = _spec(Path(name).name, layout, config, digest, network, pipeline, extras, dtype).with_extras(
+    how: Stepping = stepping if stepping != "auto" else auto_stepping(device, dtype)
+    spec = _spec(Path(name).name, layout, config, digest, network, pipeline, extras, dtype, how).with_extras(
         {n: lora.info for n, lora in loras.items()},
         {n: p if isinstance(p, Plan) else Plan.load(p) for n, p in files.items()},
     )
     conditioner = Conditioner(pipeline, layout, dtype, device, extras.get("max_sequence_length"))
-    return Backbone(spec, network, conditioner, pipeline.vae, pipeline.scheduler.config, loras, device, dtype)
+    return Backbone(spec, network, conditioner, pipeline.vae, pipeline.scheduler.config, loras, device, dtype, how)
+
+
+def auto_stepping(device: torch.device, dtype: torch.dtype) -> Stepping:
+    """Exact where bitwise parity is promised, batched where launches and half precision make it the better one."""
+    return "exact" if device.type == "cpu" and dtype in (torch.float32, torch.float64) else "batched"
 
 
 def _compile_blocks(network: torch.nn.Module) -> None:
@@ -197,6 +206,7 @@ def _spec(
     pipeline: Any,
     extras: dict[str, Any],
     dtype: torch.dtype,
+    stepping: Stepping,
 ) -> ModelSpec:
     unet = layout in ("sd", "sdxl")
     scale = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
@@ -221,6 +231,7 @@ def _spec(
         default_steps=extras.get("default_num_inference_steps", 25),
         default_guidance_scale=extras.get("default_guidance_scale", DEFAULT_SCALES[layout]),
         itemsize=dtype.itemsize,
+        latent_itemsize=max(dtype.itemsize, 4) if stepping == "batched" else dtype.itemsize,
         num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
         num_classes=config["num_embeds_ada_norm"] if layout == "dit" else None,
         has_text_encoder=getattr(pipeline, "text_encoder", None) is not None,

@@ -48,7 +48,7 @@ def resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Requ
         accelerators=accelerators,
         schedule=schedule,
         steps=steps,
-        feature_bytes=feature_bytes(model.sites, steps, *latent_size, model.itemsize),
+        feature_bytes=feature_bytes(model.sites, steps, *latent_size, model.itemsize, model.latent_itemsize),
         seeds=tuple(seed + i for i in range(images)),
         adapter=adapter,
     )

@@ -47,6 +47,7 @@ class ModelSpec:
     default_guidance_scale: float = 4.0
     num_train_timesteps: int = 1000
     itemsize: int = 4  # bytes of a number in the network
+    latent_itemsize: int = 4  # and in the latents
     num_classes: int | None = None
     has_text_encoder: bool = True
     description: str = ""

@@ -2,48 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from models.guidance import guided
-from models.reuse.plans import ROLES, Role, StepRows
+from models.reuse.plans import ROLES, Role, RowPlan, StepRows
 from models.reuse.rows import Conditioning, Row
 from models.reuse.store import Memory
 
 if TYPE_CHECKING:
     from models.adapters.lora import Lora
+    from models.solvers.tables import Table
+
+Owner = Role | Literal["output"]
+"""Whose memory: one of the rows', or the trajectory's own, which is of its predictions."""
 
 
 @dataclass(eq=False)
 class Trajectory:
-    """Latents [1, channels, h, w] on their way, with everything that belongs to them alone.
+    """One image on its way, with everything that belongs to it alone.
 
-    `steps` says what each evaluation does; `timesteps` are the scheduler's, on the CPU. `group` is equal for
-    trajectories that can share a forward.
+    `state` [registers, channels, h, w] begins with the latents; the rest is what a multistep method keeps, where the
+    scheduler is followed by its `table`. Without one there is a single register, and `scheduler` steps it and keeps its
+    own history. `steps` says what each evaluation does; `timesteps` are the scheduler's, on the
+    CPU, and `times` the same as plain numbers. `group` is equal
+    for trajectories that can share a forward.
     """
 
-    latents: Tensor
+    state: Tensor
     steps: tuple[StepRows, ...]
     scheduler: Any
     timesteps: Tensor
+    times: Sequence[float]
     conditioning: dict[Role, Conditioning]
     guidance_scale: float
     generator: torch.Generator
     step_options: Mapping[str, Any]
+    table: Table | None = None
     lora: Lora | None = None
     step: int = 0
     watched: bool = False  # keep what `preview` needs
-    _seen: tuple[Tensor, Tensor, float] | None = None
-    memory: dict[Role, Memory] = field(default_factory=lambda: {role: Memory() for role in ROLES})
+    foreseen: Tensor | None = None  # the clean latents that the last prediction points to; `watched` runs only
+    memory: dict[Owner, Memory] = field(default_factory=lambda: {owner: Memory() for owner in (*ROLES, "output")})
     group: Hashable = field(init=False)
 
     def __post_init__(self) -> None:
         shapes = tuple((name, tuple(t.shape)) for name, t in self.conditioning["conditional"].items())
-        self.group = (tuple(self.latents.shape), shapes)
+        self.group = (tuple(self.state.shape[1:]), shapes)
+
+    @property
+    def latents(self) -> Tensor:
+        """The latents [1, channels, h, w]."""
+        return self.state if len(self.state) == 1 else self.state[:1]
 
     @property
     def num_steps(self) -> int:
@@ -66,58 +79,44 @@ class Trajectory:
         return self.plan.num_rows
 
     @property
+    def time(self) -> float:
+        """The time of the coming step."""
+        return self.times[self.step]
+
+    @property
     def timestep(self) -> Tensor:
         """The time of the coming step, a 0-dim CPU tensor."""
         return self.timesteps[self.step]
 
+    def plans(self) -> dict[Owner, RowPlan]:
+        """What the rows of the coming step do, and what the trajectory does with its prediction."""
+        plan = self.plan
+        found: dict[Owner, RowPlan | None] = {
+            "conditional": plan.conditional,
+            "unconditional": plan.unconditional,
+            "output": plan.output,
+        }
+        return {owner: row for owner, row in found.items() if row is not None}
+
     def rows(self) -> list[Row]:
         """The rows of the coming step; what they remember is in this trajectory's memory."""
-        plans = {"conditional": self.plan.conditional, "unconditional": self.plan.unconditional}
+        plans = self.plans()
         return [
-            Row(plan, role, self, self.memory[role], self.lora if plan.adapter is not None else None)
+            Row(plans[role], role, self, self.memory[role], self.lora if plans[role].adapter is not None else None)
             for role in ROLES
-            if (plan := plans[role]) is not None
+            if role in plans
         ]
 
-    def model_input(self) -> Tensor:
-        """The latents as the backbone wants them at this time."""
-        scaled: Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)
-        return scaled
-
-    def advance(self, conditional: Tensor, unconditional: Tensor | None) -> None:
-        """Take one scheduler step along the prediction and forget what no later step wants."""
-        plan = self.plan
-        self.follow(conditional, unconditional)
-        for role, row in (("conditional", plan.conditional), ("unconditional", plan.unconditional)):
-            if row is not None:
-                self.memory[role].forget(row.drop)  # type: ignore[index]
-
-    def follow(self, conditional: Tensor, unconditional: Tensor | None) -> None:
-        """Take one scheduler step along the prediction."""
-        prediction = guided(conditional, unconditional, self.guidance_scale)
-        if prediction.shape[1] != self.latents.shape[1]:
-            prediction = prediction.chunk(2, dim=1)[0]  # learned variance, which these schedulers do not use
-        if self.watched:
-            self._seen = (self.model_input(), prediction, float(self.timestep))
-        options = {"generator": self.generator} if "generator" in self.step_options else {}
-        self.latents = self.scheduler.step(
-            prediction, self.timestep, self.latents, **{**self.step_options, **options}, return_dict=False
-        )[0]
+    def moved(self, state: Tensor) -> None:
+        """Take the next state, and forget what no later step wants."""
+        for owner, plan in self.plans().items():
+            self.memory[owner].forget(plan.drop)
+        self.state = state
         self.step += 1
 
     def preview(self) -> Tensor:
         """The clean latents that the last step's prediction points to, [1, channels, h, w]; `watched` runs only."""
-        if self._seen is None:
-            return self.latents
-        x, prediction, t = self._seen
-        signal = self.scheduler.alphas_cumprod[round(t)].float() ** 0.5
-        noise = (1 - signal**2) ** 0.5
-        kind = self.scheduler.config.prediction_type
-        if kind == "v_prediction":
-            return signal * x - noise * prediction  # type: ignore[no-any-return]
-        if kind == "sample":
-            return prediction
-        return (x - noise * prediction) / signal.clamp(min=1e-3)  # type: ignore[no-any-return]
+        return self.latents if self.foreseen is None else self.foreseen
 
     def finite(self) -> bool:
         """Whether the latents are numbers. Waits for the device: ask once, at the end."""

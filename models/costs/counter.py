@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.adapters.lora import Lora, meta_lora
-from models.backbone import Network
 from models.errors import ModelLoadError
 from models.networks.attention import install
 from models.networks.sites import attention, blocks, level
@@ -59,7 +58,7 @@ class MacCounter:
         self._config = config
         self._network = NETWORKS[name](module.eval())
         if name != "UNet2DModel":
-            install(module, [b.attn1 for b in self._network.blocks] if isinstance(self._network, DiT) else ())
+            install(module, self._network.reusable)
         self._size = latent_size
         self._text_tokens = text_tokens
         self._attention_matmuls = attention_matmuls
@@ -67,7 +66,7 @@ class MacCounter:
         self._counts: dict[tuple[Any, ...], int] = {}
 
     @property
-    def network(self) -> Network:
+    def network(self) -> UNet | DiT:
         """The network on the meta device."""
         return self._network
 

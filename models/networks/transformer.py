@@ -36,6 +36,7 @@ class DiT:
     def __init__(self, module: Any) -> None:
         self.module = module
         self.blocks: list[nn.Module] = list(module.transformer_blocks)
+        self.reusable: list[nn.Module] = [block.attn1 for block in module.transformer_blocks]
         self.by_class = not hasattr(module, "adaln_single")  # conditioned on a class, in every block
         self.sites = TransformerSites(
             int(module.config.in_channels),

@@ -68,6 +68,7 @@ class UNet:
 
     def __init__(self, module: Any) -> None:
         self.module = module
+        self.reusable: list[nn.Module] = []
         self.levels = _levels(module)
         halvings = [0]
         for one in self.levels[1:]:

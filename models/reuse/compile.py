@@ -216,13 +216,19 @@ def _outputs(sites: Sites, plans: Sequence[StepPlan], guidance: Sequence[bool]) 
     return [plan for plan in _link(sites, views, switches) if plan is not None]
 
 
-def feature_bytes(sites: Sites, steps: Sequence[StepRows], height: int, width: int, itemsize: int) -> int:
-    """The most that one trajectory ever remembers, in bytes, for latents of this size: known before it starts."""
+def feature_bytes(
+    sites: Sites, steps: Sequence[StepRows], height: int, width: int, itemsize: int, latent_itemsize: int | None = None
+) -> int:
+    """The most that one trajectory ever remembers, in bytes, for latents of this size: known before it starts.
+
+    `itemsize` is that of the network's numbers; predictions are kept in that of the latents.
+    """
     sizes: dict[Feature, int] = {}
 
     def size(feature: Feature) -> int:
         if feature not in sizes:
-            sizes[feature] = prod(sites.shape(feature, height, width)) * itemsize
+            each = latent_itemsize or itemsize if feature.site == OUTPUT else itemsize
+            sizes[feature] = prod(sites.shape(feature, height, width)) * each
         return sizes[feature]
 
     held = most = 0

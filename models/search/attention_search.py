@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.accelerators.ditfastattn import attention_plan
 from models.backbone import Backbone
-from models.denoise import predict
+from models.denoise import Tick, predict
 from models.errors import RequestError, WrongBackbone
 from models.generate import start
 from models.networks.sites import attention
@@ -139,13 +139,13 @@ class _Search:
         rows = self._rows(methods)
         for row, _ in rows:
             row.plan = replace(row.plan, keep=self._computed(row.plan))
-        predictions = predict(self.backbone, rows)
+        tick = Tick(self.backbone, self.trajectories, rows)
+        predictions = tick.forward()
         for row in {row.role: row for row, _ in rows}.values():
             self.known[row.role] |= {feature: [row.plan.step] for feature in row.plan.keep}
         for row, _ in rows:
             row.memory.forget([entry for entry in row.memory.slots if entry[1] not in self.known[row.role][entry[0]]])
-        for trajectory in self.trajectories:
-            trajectory.follow(predictions[trajectory, "conditional"], predictions.get((trajectory, "unconditional")))
+        tick.step(predictions)
 
     def _output(self, methods: Sequence[Method]) -> Tensor:
         return torch.cat(list(predict(self.backbone, self._rows(methods)).values()))
@@ -159,8 +159,9 @@ class _Search:
     def _rows(self, methods: Sequence[Method]) -> list[tuple[Row, Trajectory]]:
         sites, asked = self.backbone.spec.sites, attention_plan(methods, self.window)
         step = self.trajectories[0].step
-        plans = {role: row_plan(sites, view(asked, role), self.known[role], step) for role in ROLES}
         rows = [(row, trajectory) for trajectory in self.trajectories for row in trajectory.rows()]
+        roles = {row.role for row, _ in rows}
+        plans = {role: row_plan(sites, view(asked, role), self.known[role], step) for role in roles}
         for row, _ in rows:
             row.plan = plans[row.role]
         return rows

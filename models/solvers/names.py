@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -66,6 +66,11 @@ class NoiseSchedule:
     scheduler: Any
     timesteps: Tensor
     begin: int
+
+    @cached_property
+    def times(self) -> tuple[float, ...]:
+        """The time steps as plain numbers."""
+        return tuple(self.timesteps.tolist())
 
     def fresh(self) -> Any:
         """A scheduler of one trajectory's own."""

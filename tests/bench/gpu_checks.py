@@ -79,7 +79,7 @@ def compiled(model: Model, images: int) -> dict[str, object]:
 def graphed(model: Model) -> dict[str, object]:
     """One plain forward of a guided pair, launched operator by operator and as one CUDA graph: what launching costs."""
     rows = [(row, trajectory) for trajectory in running(model, 1) for row in trajectory.rows()]
-    x = torch.cat([trajectory.model_input() for _, trajectory in rows])
+    x = torch.cat([trajectory.latents for _, trajectory in rows]).to(model.backbone.dtype)
     t = torch.full((len(rows),), 500.0, device=x.device)
     parts = [trajectory.conditioning[row.role] for row, trajectory in rows]
     conditioning = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

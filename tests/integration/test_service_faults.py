@@ -92,14 +92,12 @@ def test_out_of_memory_halves_the_tick_before_it_fails_anyone(student_of: Model,
 
 @aio
 async def test_non_finite_latents_fail_alone(student_of: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Trajectory.advance
+    original = Trajectory.moved
 
-    def advance(self: Trajectory, conditional: torch.Tensor, unconditional: torch.Tensor | None) -> None:
-        original(self, conditional, unconditional)
-        if self.guidance_scale == 6.5:
-            self.latents = self.latents * float("nan")
+    def moved(self: Trajectory, state: torch.Tensor) -> None:
+        original(self, state * float("nan") if self.guidance_scale == 6.5 else state)
 
-    monkeypatch.setattr(Trajectory, "advance", advance)
+    monkeypatch.setattr(Trajectory, "moved", moved)
     async with serving({"sd": student_of("sd")}) as served:
         bad, *good = await asyncio.gather(
             served.post(guidance_scale=6.5, num_images=2), *(served.post(seed=i) for i in range(3))

@@ -22,7 +22,7 @@ from models.accelerators import (
 from models.accelerators.base import Accelerator
 from models.accelerators.deepcache import nonuniform_steps
 from models.networks.sites import attention, blocks, level
-from models.reuse.plans import Recall, Shared, StepPlan, Window, Zeros
+from models.reuse.plans import Recall, Reuse, Shared, StepPlan, Window, Zeros
 from models.search.attention_plan import Plan
 from tests.unit.specs import dit_spec, run_spec, unet_spec
 
@@ -41,7 +41,7 @@ PLAN = Plan.model_validate(
     }
 )
 
-REUSE = {"ast": Recall(), "wa-rs": Window(7), "asc": Shared(), "wa-rs+asc": Shared(Window(7))}
+REUSE: dict[str, Reuse] = {"ast": Recall(), "wa-rs": Window(7), "asc": Shared(), "wa-rs+asc": Shared(Window(7))}
 FULL, ZEROS = StepPlan(), StepPlan({level(8): Zeros()})
 PLANS: dict[str, tuple[Accelerator, list[StepPlan]]] = {
     "none": (NoAcceleration(), [FULL] * 4),

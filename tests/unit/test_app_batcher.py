@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from app.engine.batcher import LOOKAHEAD, Batcher
-from app.engine.budget import KINDS, Budget
+from app.engine.budget import Budget
 from app.engine.pace import Pace, knee, retry_after
 
 
@@ -153,17 +153,6 @@ def test_the_budget_for_features(limit: int, reserved: int, needs: list[int], ex
     budget.reserved = reserved
     door = budget.door()
     assert "".join(str(int(door.admit(need))) for need in needs) == expected
-
-
-def test_the_budget_learns_what_a_kind_needs_and_forgets_in_bounds() -> None:
-    budget = Budget(100)
-    for size in (3, 9, 0, 5):
-        budget.observe("kind", size)
-    assert budget.need("kind") == 9
-    assert budget.need("another") == 0
-    for i in range(2 * KINDS):
-        budget.observe(i, 1)
-    assert budget.need("kind") == 0
 
 
 def test_discard_is_forgiving_and_complete() -> None:

@@ -227,16 +227,15 @@ class Forecast(Accelerator):
 
 def test_a_forecast_reads_the_last_values_with_lagranges_weights() -> None:
     steps = compile_run((Forecast(site=level(1), order=2),), 9, guided=False)
-    rows = [step.conditional for step in steps]
-    found = [
-        row and [(s, w) for r in row.reads.values() for (_, s), w in zip(r.entries, r.weights, strict=True)]
-        for row in rows
-    ]
-    assert found[1] == found[2] == [(0, 1.0)]
-    assert found[4] == [(3, pytest.approx(4 / 3)), (0, pytest.approx(-1 / 3))]
-    assert found[7] == [(6, pytest.approx(14 / 9)), (3, pytest.approx(-7 / 9)), (0, pytest.approx(2 / 9))]
-    assert {s for _, s in rows[8].drop} == {6, 3, 0} if rows[8] else False
-    assert [len(row.drop) for row in rows if row] == [0] * 8 + [3]
+    rows = [step.conditional for step in steps if step.conditional]
+    read = {row.step: reading for row in rows for reading in row.reads.values()}
+    taken = {step: [s for _, s in reading.entries] for step, reading in read.items()}
+    assert taken == {1: [0], 2: [0], 4: [3, 0], 5: [3, 0], 7: [6, 3, 0], 8: [6, 3, 0]}
+    assert read[2].weights == (1.0,)
+    assert read[4].weights == pytest.approx((4 / 3, -1 / 3))
+    assert read[7].weights == pytest.approx((14 / 9, -7 / 9, 2 / 9))
+    assert {s for _, s in rows[8].drop} == {6, 3, 0}
+    assert [len(row.drop) for row in rows] == [0] * 8 + [3]
 
 
 def test_a_polynomial_is_foretold_exactly() -> None:

@@ -1,0 +1,52 @@
+"""Stepping by diffusers' own scheduler, one trajectory at a time: bit for bit what its pipelines do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from models.guidance import guided
+from models.reuse.plans import Role
+from models.trajectory import Trajectory
+
+
+def model_input(trajectory: Trajectory) -> Tensor:
+    """The latents [1, channels, h, w] as the network wants them at this time."""
+    scaled: Tensor = trajectory.scheduler.scale_model_input(trajectory.state, trajectory.timestep)
+    return scaled
+
+
+def combine(trajectory: Trajectory, predictions: Mapping[Role, Tensor]) -> Tensor:
+    """One prediction like the latents out of those of the rows, [1, channels or twice as many, h, w] each.
+
+    The second half of the channels is a learned variance, which these schedulers do not use.
+    """
+    prediction = guided(predictions["conditional"], predictions.get("unconditional"), trajectory.guidance_scale)
+    if prediction.shape[1] != trajectory.state.shape[1]:
+        prediction = prediction.chunk(2, dim=1)[0]
+    return prediction
+
+
+def step(trajectory: Trajectory, prediction: Tensor) -> Tensor:
+    """The next latents [1, channels, h, w]. The scheduler's own history goes on."""
+    options = dict(trajectory.step_options)
+    if "generator" in options:
+        options["generator"] = trajectory.generator
+    following: Tensor = trajectory.scheduler.step(
+        prediction, trajectory.timestep, trajectory.state, **options, return_dict=False
+    )[0]
+    return following
+
+
+def foresee(trajectory: Trajectory, prediction: Tensor) -> Tensor:
+    """The clean latents that a prediction points to, [1, channels, h, w]; before the step is taken."""
+    x, scheduler = model_input(trajectory), trajectory.scheduler
+    signal = scheduler.alphas_cumprod[round(float(trajectory.timestep))].float() ** 0.5
+    noise = (1 - signal**2) ** 0.5
+    kind = scheduler.config.prediction_type
+    if kind == "v_prediction":
+        return signal * x - noise * prediction  # type: ignore[no-any-return]
+    if kind == "sample":
+        return prediction
+    return (x - noise * prediction) / signal.clamp(min=1e-3)  # type: ignore[no-any-return]
