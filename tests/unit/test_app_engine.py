@@ -1,4 +1,4 @@
-"""The engine on its thread: whom it takes in, what it answers, and how it ends. Forwards wait at a gate, never on time."""
+"""The engine on its thread: whom it takes in, what it answers, and how it ends. Forwards wait at a gate."""
 
 from __future__ import annotations
 
