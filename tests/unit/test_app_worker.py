@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from app.job import Event, Job, Preview, Progress
-from models.accelerators import DeepCache, DepthSkip
+from models.accelerators import DeepCache, DepthSkip, SelectiveGuidance
 from models.errors import OutOfRange
 from models.trajectory import Trajectory
 from tests.unit.fakes import FEATURE_BYTES, FakeBackbone, Hand, error_of, grey, greys, tiny_spec
@@ -543,6 +543,34 @@ def test_what_is_remembered_is_set_aside_while_an_image_may_need_it_again() -> N
     hand.add(1, steps=2, **CACHE)
     hand.work()
     assert hand.backbone.ticks == [[0]] * 5 + [[1]] * 2
+
+
+def test_a_job_of_several_images_takes_its_room_once() -> None:
+    hand = Hand(max_feature_bytes=3 * FEATURE_BYTES)
+    hand.add(0, **CACHE)
+    hand.work()
+    for seed, images in ((1, 2), (3, 1), (4, 1)):
+        hand.add(seed, images, **CACHE)
+    hand.work(1)
+    assert hand.backbone.ticks[-1] == [1, 2, 3]
+
+
+def test_what_an_image_will_remember_is_set_aside_from_its_start() -> None:
+    """Guided, and so with twice as much to remember, on the second half of its steps only."""
+    late: dict[str, Any] = {
+        "steps": 8,
+        "guidance_scale": 2.0,
+        "acceleration": [DeepCache(interval=2), SelectiveGuidance(start=0.5, stop=1.0)],
+    }
+    hand = Hand(max_feature_bytes=3 * FEATURE_BYTES)
+    hand.add(0, **late)
+    hand.work()
+    hand.add(1, **late)
+    hand.work(1)
+    assert hand.value("feature_memory_bytes", model="unet") == FEATURE_BYTES
+    hand.add(2, **late)
+    hand.work()
+    assert hand.backbone.ticks[8:] == [[1]] * 8 + [[2]] * 8
 
 
 def test_the_gauge_of_features_is_by_model() -> None:
