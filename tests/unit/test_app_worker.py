@@ -416,9 +416,10 @@ def test_a_cap_is_never_below_one_row() -> None:
     hand.work()
     assert codes(hand) == {1: "out_of_memory"}
     hand.backbone.before = no_memory(9)
-    after = hand.add(3, 2, steps=1)
+    after = hand.add(3, 2, steps=2)
     hand.work()
     assert greys(hand.ended[after]) == [3, 4]
+    assert hand.backbone.ticks == [[3], [3], [4], [4]]
 
 
 def test_a_single_image_without_memory_fails_alone() -> None:
