@@ -61,8 +61,8 @@ class Held:
 
     async def open(self, **body: Any) -> Generation:
         """A generation, opened as a route does."""
-        asked = GenerationRequest(**{"prompt": "a ring", "num_inference_steps": 3, "guidance_scale": 1.0} | body)
-        return await self.service.open(asked, self.record)
+        fields: dict[str, Any] = {"prompt": "a ring", "num_inference_steps": 3, "guidance_scale": 1.0, **body}
+        return await self.service.open(GenerationRequest(**fields), self.record)
 
     async def ticks(self) -> list[list[int]]:
         """All ticks that are ever run, once they may."""

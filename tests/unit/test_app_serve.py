@@ -209,7 +209,8 @@ def test_the_exit_code(
     failure: Exception | None,
     expected: int,
 ) -> None:
-    app, configured = FastAPI(), []
+    app = FastAPI()
+    configured: list[Settings] = []
     app.state.engine = FakeEngine()
     app.state.engine.failure = failure
     settings = Settings()

@@ -79,7 +79,7 @@ def test_a_piece_of_work_is_one_tick_and_one_chunk_of_pictures() -> None:
     hand = Hand(decode_chunk=2)
     assert not hand.worker.busy
     early, late = hand.add(1, 3, steps=1), hand.add(5, steps=4)
-    seen = []
+    seen: list[tuple[int, int]] = []
     for _ in range(4):
         assert hand.worker.busy
         hand.work(1)
@@ -298,7 +298,7 @@ def test_a_dropped_job_gives_everything_back() -> None:
     hand.work(1)
     assert hand.backbone.ticks[-1] == [1]
     assert hand.value("feature_memory_bytes", model="unet") == FEATURE_BYTES
-    trajectory = weakref.ref(gone.lanes[0].trajectory)  # type: ignore[type-var]
+    trajectory = weakref.ref(gone.lanes[0].trajectory)
     hand.worker.drop(gone)
     gc.collect()
     assert trajectory() is None
