@@ -142,8 +142,8 @@ def test_unguided_models_are_measured_at_as_many_rows(instant: Warmed) -> None:
 
 
 def test_measuring_ends_with_the_time_for_it(instant: Warmed) -> None:
-    """Four seconds for three ticks of each number: 0.2 and 0.4 s are spent, the next would take 0.8 s."""
-    backbone, network, _ = instant("sd", {2: 0.2, 4: 0.4}.__getitem__)
+    """Four seconds for three ticks of each number: 0.24 and 0.4 s are spent, the next would take 0.8 s."""
+    backbone, network, _ = instant("sd", {2: 0.24, 4: 0.4}.__getitem__)
     assert loading.warm_all({"m": backbone}, settings(), Metrics(), Pace()) == {"m": 4}
     assert by_tick(network.rows) == [2, 4, 4]
 
