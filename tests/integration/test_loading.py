@@ -473,7 +473,7 @@ def test_the_prompt_that_was_used_longest_ago_is_forgotten(
     backbone = load(str(pipeline_dir("sd")), device="cpu")
     conditioner = backbone.conditioner
     module = sys.modules[type(conditioner).__module__]
-    assert module.CACHED_PROMPTS == 1024  # type: ignore[attr-defined]
+    assert module.CACHED_PROMPTS == 1024
     monkeypatch.setattr(module, "CACHED_PROMPTS", 2)
     batches = _texts(backbone)
     for text in ("a", "b", "a", "c", "a", "c"):  # c pushes b out, not a, which was used since

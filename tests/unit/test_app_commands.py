@@ -15,7 +15,7 @@ import models
 import models.quality
 import models.training
 from app.cli import app as cli
-from app.commands import bench, search
+from app.commands import search
 from app.commands.options import parse_named, parse_size
 from models import Plan
 from models.accelerators import DeepCache, SelectiveGuidance
@@ -303,7 +303,7 @@ def test_bench_runs_the_named_one_with_what_follows(monkeypatch: pytest.MonkeyPa
         commands.append((command[1:], options["cwd"]))
         return SimpleNamespace(returncode=3)
 
-    monkeypatch.setattr(bench.subprocess, "run", ran)
+    monkeypatch.setattr("subprocess.run", ran)
     monkeypatch.chdir(tmp_path / "deep" / "er")
     assert run("bench").output.split() == ["cpu", "lora"]
     assert run("bench", "cpu", "--quick", "--sizes", "3").exit_code == 3

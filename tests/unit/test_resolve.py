@@ -50,7 +50,7 @@ def test_what_is_asked_for_goes_before_the_defaults() -> None:
 
 
 @pytest.mark.parametrize(("given", "size"), [({"width": 32}, (32, 64)), ({"height": 32}, (96, 32))])
-def test_one_side_leaves_the_other_native(given: dict[str, int], size: tuple[int, int]) -> None:
+def test_one_side_leaves_the_other_native(given: dict[str, Any], size: tuple[int, int]) -> None:
     run = resolved(**given)
     assert (run.width, run.height) == size
 
@@ -195,7 +195,7 @@ def test_guidance_may_be_for_a_part_of_the_run() -> None:
 def _planned(tokens: int, **request: Any) -> Run:
     facts: dict[str, Any] = {"model": "dit", "config_hash": "hash", "scheduler": "ddim", "num_inference_steps": 2}
     table = [["full", "full"], ["ast", "full"]]
-    plan = Plan(**facts, tokens=tokens, guidance=True, window=1, threshold=0.1, table=table)  # type: ignore[arg-type]
+    plan = Plan(**facts, tokens=tokens, guidance=True, window=1, threshold=0.1, table=table)
     options = {"num_inference_steps": 2, "acceleration": DiTFastAttn(plan=plan), **request}
     return resolved(dit_spec(depth=2), **options)
 
