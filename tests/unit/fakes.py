@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from app.engine.job import Event, Failed, Finished, Job
+from app.engine.pace import Pace
+from app.engine.worker import Worker
 from app.errors import ServiceError
-from app.job import Event, Failed, Finished, Job
 from app.metrics import Metrics, acceleration_label
-from app.pace import Pace
 from app.settings import Settings
-from app.worker import Worker
 from models import Backbone, Request
 from models.plan import Role, StepRows
 from models.request import Run

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from app.attempt import attempt
+from app.engine.attempt import attempt
 
 
 class Tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.budget import KINDS, Budget
+from app.engine.budget import KINDS, Budget
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from app.engine import Engine
+from app.engine.engine import Engine
+from app.engine.job import Event, Failed, Job, Progress, Queued
+from app.engine.pace import Pace
 from app.errors import Draining, EngineDead, Loading, QueueFull, Unavailable
-from app.job import Event, Failed, Job, Progress, Queued
 from app.metrics import Metrics
-from app.pace import Pace
 from app.settings import Settings
 from models.accelerators import DeepCache
 from tests.unit.fakes import FEATURE_BYTES, Clock, FakeBackbone, error_of, greys, make_job, sample

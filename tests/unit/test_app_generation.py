@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from app.engine.job import Finished, Queued
 from app.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -21,12 +22,11 @@ from app.errors import (
     OutOfMemory,
     QueueFull,
 )
-from app.generation import Generation, Mailbox
-from app.job import Finished, Queued
-from app.main import create_app
-from app.record import Record
-from app.schemas.requests import GenerationRequest
-from app.service import Service
+from app.http.generation import Generation, Mailbox
+from app.http.main import create_app
+from app.http.record import Record
+from app.http.schemas.requests import GenerationRequest
+from app.http.service import Service
 from app.settings import Settings
 from models.accelerators import DeepCache
 from tests.serving import Served, aio, serving, until

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from app.job import Job, Timing, preview_steps
+from app.engine.job import Job, Timing, preview_steps
 from models.accelerators import DeepCache, SelectiveGuidance
 from tests.unit.fakes import Hand, make_job
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.job import Event, Job, Preview, Progress
+from app.engine.job import Event, Job, Preview, Progress
 from models.accelerators import DeepCache, DepthSkip, SelectiveGuidance
 from models.errors import OutOfRange
 from models.trajectory import Trajectory

@@ -53,9 +53,9 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
 @pytest.fixture
 def scale(ray: Ray, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The module, imported with that."""
-    monkeypatch.delitem(sys.modules, "app.scale", raising=False)
-    yield importlib.import_module("app.scale")
-    sys.modules.pop("app.scale", None)
+    monkeypatch.delitem(sys.modules, "app.ray.scale", raising=False)
+    yield importlib.import_module("app.ray.scale")
+    sys.modules.pop("app.ray.scale", None)
 
 
 @pytest.mark.parametrize(
