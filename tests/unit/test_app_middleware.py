@@ -139,7 +139,7 @@ async def test_what_breaks_after_its_start_is_not_answered_twice(lines: Lines) -
 
     async def half(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        raise kind("secret")
+        raise raised[-1]
 
     async def receive() -> Message:
         raise AssertionError("not asked for")
@@ -147,7 +147,9 @@ async def test_what_breaks_after_its_start_is_not_answered_twice(lines: Lines) -
     async def send(message: Message) -> None:
         sent.append(message)
 
-    for kind, outcome in ((LookupError, "error"), (BrokenPipeError, "cancelled")):
+    raised: list[Exception] = []
+    for error, outcome in ((LookupError("secret"), "error"), (BrokenPipeError(), "cancelled")):
+        raised.append(error)
         sent.clear()
         scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
         await Observe(half, Metrics(), cors=False)(scope, receive, send)
