@@ -190,6 +190,8 @@ def test_macs_of_a_bare_config(tmp_path: Path) -> None:
     }
     plain = json.loads(slipstream("macs", *options, "--json").stdout)
     assert (plain["ratio"], len(plain["steps"])) == (1.0, 5)
+    unguided = json.loads(slipstream("macs", *options[:-1], "1", "--json").stdout)
+    assert unguided["image"] * 2 == plain["image"]
     less = json.loads(slipstream("macs", *options, "--no-attention-matmuls", "--json").stdout)
     assert less["pass"] == models.macs(UNET, width=64, height=32, attention_matmuls=False).row < plain["pass"]
 
