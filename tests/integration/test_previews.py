@@ -60,7 +60,7 @@ def test_previews_show_where_each_image_is_heading(student_of: Student, kind: st
     @aio
     async def test() -> None:
         async with serving({"sd": foresighted(student_of("sd"), kind)}) as served:
-            size = {"width": 16, "height": 32, "num_images": 3, "num_inference_steps": 6}
+            size: dict[str, Any] = {"width": 16, "height": 32, "num_images": 3, "num_inference_steps": 6}
             answer = await served.post(stream=True, partial_images=2, seed=40, scheduler=scheduler, **size)
         found = events(answer.text)
         previews = [data for name, data in found if name == "partial_image"]

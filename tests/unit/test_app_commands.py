@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import typer
-from click.testing import Result as Ran
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import models
 from app.cli import app
@@ -47,7 +46,7 @@ DIT: dict[str, Any] = {
 }
 
 
-def slipstream(*arguments: str) -> Ran:
+def slipstream(*arguments: str) -> Result:
     """Run the command line; wide, so that no table is broken."""
     return CliRunner(env={"COLUMNS": "300"}).invoke(app, list(arguments))
 

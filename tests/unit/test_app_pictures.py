@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_a_turned_upload_is_turned_back(orientation: int, turned: Image.Transpos
 
 @pytest.mark.parametrize(("mode", "value"), [("L", (77, 77, 77)), ("RGBA", (10, 20, 30)), ("1", (255, 255, 255))])
 def test_other_modes_become_rgb(mode: str, value: tuple[int, int, int]) -> None:
-    given = {"L": 77, "RGBA": (10, 20, 30, 128), "1": 1}[mode]
+    given: Any = {"L": 77, "RGBA": (10, 20, 30, 128), "1": 1}[mode]
     picture = read(saved(Image.new(mode, (3, 5), given), "PNG"), 15)
     assert (picture.mode, picture.size, picture.getpixel((2, 4))) == ("RGB", (3, 5), value)
 
