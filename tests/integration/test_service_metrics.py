@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
-import logging
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,20 +22,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from app import decoder, generation, loading, middleware
-from app.engine import RETRY_LOADING
 from app.loading import load_all, warm_all
 from app.main import create_app
 from app.metrics import Metrics
-from app.middleware import REQUESTS
 from app.pace import Pace
 from app.settings import Settings
 from models import Backbone, load, macs
-from models.accelerators import CfgStudent, DeepCache, DeltaDiT, SelectiveGuidance
-from models.adapters import WEIGHT_NAME
+from models.accelerators import CfgStudent, DeepCache, DeltaDiT
 from models.generate import decode
 from models.rows import Conditioning, Row
 from tests.pipelines import save_adapter
-from tests.serving import PROMPT, Served, aio, serving
+from tests.serving import PROMPT, Served, aio, serving, until
 
 Model = Callable[..., Backbone]
 LABELS = ("endpoint", "model", "acceleration", "outcome", "stage", "kind", "part", "reason", "cause", "le")
@@ -84,7 +79,7 @@ class Priced:
         """Wait at the gate, then let the time pass."""
         if (gate := self._clock.gate) is not None:
             self._clock.at_gate += 1
-            gate.acquire(timeout=5)
+            gate.acquire(timeout=60)
         self._clock.batches.append(len(rows))
         self._clock.now += self._price(len(rows))
         if self._real:
@@ -100,7 +95,7 @@ def priced(backbone: Backbone, clock: Clock, price: float | Callable[[int], floa
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     """The clock of the whole server; decoding and the writing of files take their time on it."""
     clock = Clock()
     write = generation.encode
@@ -118,16 +113,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(generation, "time", clock.module(time=lambda: 1_700_000_000.9))
     for module in (loading, middleware):
         monkeypatch.setattr(module, "time", clock.module())
-    return clock
+    yield clock
+    if clock.gate is not None:
+        clock.let_all()
 
 
 async def scraped(served: Served) -> dict[str, float]:
     """All of ours in /metrics that is not nought, by name and label values; when series were made is left out."""
     text = (await served.client.get("/metrics")).text
     return {
-        " ".join([sample.name.removeprefix("slipstream_"), *(sample.labels[n] for n in LABELS if n in sample.labels)]): (
-            sample.value
-        )
+        " ".join(
+            [sample.name.removeprefix("slipstream_"), *(sample.labels[n] for n in LABELS if n in sample.labels)]
+        ): (sample.value)
         for family in text_string_to_metric_families(text)
         for sample in family.samples
         if sample.name.startswith("slipstream_") and not sample.name.endswith("_created") and sample.value
@@ -262,25 +259,30 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
     sd, dit = student_of("sd"), backbone_of("dit")
     models = {"sd": priced(sd, clock, 0.125), "dit": priced(dit, clock, 0.5)}
     deepcache = {"mode": "deepcache", "interval": 2}
-    wide = {"width": 48, "height": 32}
-    # the request; its label; steps, rows of an image; images; what one image costs
-    asked: list[tuple[dict[str, Any], str, int, int, int, Any]] = [
-        ({}, "sd none", 3, 6, 1, macs(sd, num_inference_steps=3)),
+    cached = macs(sd, num_inference_steps=2, acceleration=DeepCache(interval=2), guidance_scale=1.0)
+    full, shallow = cached.steps  # of one row
+    student = macs(sd, num_inference_steps=1, acceleration=CfgStudent()).image
+    wide = macs(sd, num_inference_steps=1, guidance_scale=1.0, width=48, height=32).image
+    delta = macs(dit, num_inference_steps=4, acceleration=DeltaDiT(interval=2, blocks=4))
+    assert shallow < full < min(student, wide)
+    # the request; its label; steps, rows of an image; images; MACs of an image, and without acceleration
+    asked: list[tuple[dict[str, Any], str, int, int, int, tuple[int, int]]] = [
+        ({}, "sd none", 3, 6, 1, (6 * full, 6 * full)),
         (
             {"num_inference_steps": 5, "num_images": 3, "acceleration": deepcache},
             "sd deepcache",
             5,
             10,
             3,
-            macs(sd, num_inference_steps=5, acceleration=DeepCache(interval=2)),
+            (6 * full + 4 * shallow, 10 * full),
         ),
         (
-            {"guidance_scale": 1.0, "num_inference_steps": 4, "num_images": 2, **wide},
+            {"guidance_scale": 1.0, "num_inference_steps": 4, "num_images": 2, "width": 48, "height": 32},
             "sd none",
             4,
             4,
             2,
-            macs(sd, num_inference_steps=4, guidance_scale=1.0, **wide),
+            (4 * wide, 4 * wide),
         ),
         (
             {"acceleration": {"mode": "cfg_student"}},
@@ -288,7 +290,7 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
             3,
             3,
             1,
-            macs(sd, num_inference_steps=3, acceleration=CfgStudent()),
+            (3 * student, 6 * full),
         ),
         (
             {"num_inference_steps": 4, "acceleration": [{"mode": "selective_guidance", "stop": 0.5}, deepcache]},
@@ -296,7 +298,7 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
             4,
             6,
             1,
-            macs(sd, num_inference_steps=4, acceleration=[SelectiveGuidance(stop=0.5), DeepCache(interval=2)]),
+            (3 * full + 3 * shallow, 8 * full),
         ),
         # Image-to-image runs the last steps only: half of four.
         (
@@ -305,7 +307,7 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
             2,
             4,
             1,
-            macs(sd, num_inference_steps=2),
+            (4 * full, 4 * full),
         ),
         # Heun evaluates twice a step, but for the last.
         (
@@ -314,7 +316,7 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
             5,
             10,
             1,
-            macs(sd, num_inference_steps=3, scheduler="heun"),
+            (10 * full, 10 * full),
         ),
         (
             {"model": "dit", "prompt": "", "class_label": 3, "num_inference_steps": 4, "num_images": 2,
@@ -323,7 +325,7 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
             4,
             8,
             2,
-            macs(dit, num_inference_steps=4, acceleration=DeltaDiT(interval=2, blocks=4)),
+            (delta.image, delta.image_unaccelerated),
         ),
     ]  # fmt: skip
     wrong: list[tuple[dict[str, Any], str, str]] = [
@@ -351,9 +353,9 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
             openai = {"prompt": "", "model": "sd", "num_inference_steps": 1, "n": 2}
             assert (await served.client.post("/v1/images/generations", json=openai)).status_code == 200
             found = await scraped(served)
-        for usage, (_, label, steps, rows, images, report) in zip(usages, asked, strict=True):
-            wanted = {"steps": steps, "rows": rows * images, "macs": report.image * images}
-            assert usage == wanted | {"macs_unaccelerated": report.image_unaccelerated * images}, label
+        for usage, (_, label, steps, rows, images, (computed, plain)) in zip(usages, asked, strict=True):
+            wanted = {"steps": steps, "rows": rows * images, "macs": computed * images}
+            assert usage == wanted | {"macs_unaccelerated": plain * images}, label
         assert part(found, "requests_total") == {
             "requests_total /generate sd none ok": 4,
             "requests_total /generate sd deepcache ok": 1,
@@ -378,13 +380,13 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
             "request_duration_seconds_count sd delta_dit invalid": 1,
             "request_duration_seconds_count dit none invalid": 1,
         }
-        last = macs(sd, num_inference_steps=1).image * 2
+        last = 4 * full
         of_sd, of_dit = asked[:7], asked[7:]
         assert part(found, "macs_total") == {
-            "macs_total sd computed": sum(report.image * n for *_, n, report in of_sd) + last,
-            "macs_total sd saved": sum((report.image_unaccelerated - report.image) * n for *_, n, report in of_sd),
-            "macs_total dit computed": sum(report.image * n for *_, n, report in of_dit),
-            "macs_total dit saved": sum((r.image_unaccelerated - r.image) * n for *_, n, r in of_dit),
+            "macs_total sd computed": sum(cost[0] * n for *_, n, cost in of_sd) + last,
+            "macs_total sd saved": sum((cost[1] - cost[0]) * n for *_, n, cost in of_sd),
+            "macs_total dit computed": sum(cost[0] * n for *_, n, cost in of_dit),
+            "macs_total dit saved": sum((cost[1] - cost[0]) * n for *_, n, cost in of_dit),
         }
         assert part(found, "images_total") == {"images_total sd": 1 + 3 + 2 + 1 + 1 + 1 + 1 + 2, "images_total dit": 2}
         assert part(found, "denoise_steps_total") == {
@@ -454,20 +456,163 @@ def test_retry_after_is_what_is_left_by_the_rows_and_is_looked_at_anew(
 
             # 20 steps of 2 rows; 2 images of 15 steps of 2 rows and 15 of one; 7 steps of 2 rows of the other model
             left = 40 * 0.125 + 2 * 45 * 0.125 + 14 * 1.0
-            assert await told() == 31 == -(-left // 1)
-            gate = clock.gate
-            assert gate is not None
-            gate.release(2)
-            await served.until(lambda: clock.at_gate >= 3)
-            # Two ticks later, a quarter and a half of a second: what was predicted is still good, and then no more.
+            assert await told() == math.ceil(left) == 31
+            # What was predicted is good for half a second, then what has been learned since counts.
+            served.engine.pace.observe("sd", 1, 10.0)
+            clock.now += 0.5
             assert await told() == 31
             clock.now += 0.125
-            assert await told() == -(-(left - 4 * 0.125) // 1) == 30
+            dearer = 0.125 + 0.1 * (10.0 - 0.125)
+            assert await told() == math.ceil(130 * dearer + 14.0) == 159
+            # One tick is done, the other model's turn has come, and a short request has taken its place in the queue.
+            gate = clock.gate
+            assert gate is not None
+            gate.release(1)
+            await served.until(lambda: served.value("requests_waiting") == 1)
+            posts.append(asyncio.ensure_future(served.post(num_inference_steps=1)))
+            await served.until(lambda: served.value("requests_waiting") == 2)
+            clock.now += 0.625
+            cheaper = dearer + 0.1 * (0.125 - dearer)
+            assert await told() == math.ceil((130 - 2 + 2) * cheaper + 14.0) == 146
             clock.let_all()
             for post in posts:
                 assert (await post).status_code == 200
             found = await scraped(served)
-            assert part(found, "requests_rejected_total") == {"requests_rejected_total queue_full": 2}
-            assert found["requests_total /generate sd deepcache rejected"] == 2
+            assert part(found, "requests_rejected_total") == {"requests_rejected_total queue_full": 4}
+            assert found["requests_total /generate sd deepcache rejected"] == 4
 
     test()
+
+
+@aio
+async def test_who_is_turned_away_is_told_when_to_come_back_and_counted_by_the_reason(student_of: Model) -> None:
+    settings = Settings(model=("sd",), max_rows=2, torch_threads=1, drain_seconds=41.5)
+    app = create_app(settings, {"sd": student_of("sd")})
+    engine, transport = app.state.engine, httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
+        async def refused() -> tuple[int, str, str]:
+            answer = await client.post("/generate", json={"prompt": PROMPT})
+            return answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"]
+
+        assert await refused() == (503, "loading", "5")
+        async with app.router.lifespan_context(app):
+            await until(lambda: engine.ready)
+            engine.drain()
+            assert await refused() == (503, "draining", "42")
+            assert await refused() == (503, "draining", "42")
+        for reason, count in (("loading", 1), ("draining", 2)):
+            labels = {"reason": reason}
+            assert app.state.metrics.registry.get_sample_value("slipstream_requests_rejected_total", labels) == count
+
+
+def test_features_are_counted_in_bytes_by_model_while_they_are_held(student_of: Model, clock: Clock) -> None:
+    """Two images, guided: a row of each remembers [channels, height, width] numbers of four bytes."""
+    backbone = student_of("sd")
+    channels = int(backbone.network.module.config["block_out_channels"][0])  # type: ignore[index]
+
+    @aio
+    async def test() -> None:
+        async with serving({"sd": priced(backbone, clock, 0.125, real=True)}, clock) as served:
+            clock.hold()
+            body = {"width": 48, "height": 32, "num_images": 2, "acceleration": {"mode": "deepcache", "interval": 3}}
+            post = asyncio.ensure_future(served.post(**body))
+            await served.until(lambda: clock.at_gate == 1)
+            assert clock.gate is not None
+            clock.gate.release(1)
+            await served.until(lambda: clock.at_gate == 2)
+            found = part(await scraped(served), "feature_memory_bytes")
+            clock.let_all()
+            assert (await post).status_code == 200
+            assert not part(await scraped(served), "feature_memory_bytes")
+        size = 2 * 2 * channels * (32 // 2) * (48 // 2) * 4
+        assert found == {"feature_memory_bytes sd": size}
+
+    test()
+
+
+def tensor_bytes(folder: Path) -> int:
+    return sum(t.nbytes for file in folder.rglob("*.safetensors") for t in load_file(file).values())
+
+
+def test_weights_are_told_apart_in_bytes_and_loading_in_seconds(
+    pipeline_dir: Callable[[str], Path],
+    pipeline_of: Model,
+    tmp_path: Path,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = save_adapter(pipeline_of("sd").unet, tmp_path / "small", guidance_scale=3.0)
+    large = save_adapter(pipeline_of("sd").unet, tmp_path / "large", rank=5, guidance_scale=3.0)
+    seconds = {"sd": 7.5, "dit": 2.25}
+
+    def loads(name: str, **options: Any) -> Backbone:
+        clock.now += seconds[Path(name).name]
+        return priced(load(name, **options), clock, 0.125)
+
+    monkeypatch.setattr("app.loading.models.load", loads)
+    monkeypatch.setattr("app.loading.keep_freed_memory", lambda: None)
+    names = tuple(str(pipeline_dir(layout)) for layout in ("sd", "dit"))
+    adapters = (f"sd={small}", f"sd={large}")
+    metrics, pace = Metrics(), Pace()
+    settings = Settings(model=names, adapter=adapters, device="cpu", dtype="float32", max_rows=6)
+    backbones, caps = load_all(settings, metrics, pace)
+    assert caps == {"sd": 6, "dit": 6}
+    assert list(backbones) == ["sd", "dit"]
+    found = {
+        (s.name.removeprefix("slipstream_model_"), *s.labels.values()): s.value
+        for family in metrics.registry.collect()
+        for s in family.samples
+        if s.name.startswith("slipstream_model_")
+    }
+    assert found == {
+        ("weight_bytes", "sd", "base"): tensor_bytes(pipeline_dir("sd")),
+        ("weight_bytes", "sd", "adapter"): tensor_bytes(small) + tensor_bytes(large),
+        ("weight_bytes", "dit", "base"): tensor_bytes(pipeline_dir("dit")),
+        ("weight_bytes", "dit", "adapter"): 0,
+        ("load_duration_seconds", "sd"): 7.5,
+        ("load_duration_seconds", "dit"): 2.25,
+    }
+    ranks = {name: (info.rank, info.parameters) for name, info in backbones["sd"].spec.adapters.items()}
+    assert ranks == {"small": (2, tensor_bytes(small) // 4), "large": (5, tensor_bytes(large) // 4)}
+    assert pace.predict([("sd", 3), ("dit", 1)]) == 4 * 0.125
+
+
+@pytest.mark.parametrize(
+    ("price", "rows", "measured"),
+    [
+        (lambda rows: 0.0625 * max(rows / 8, 1), 8, [2, 4, 8, 16, 32, 64]),  # eight cost what two do
+        (lambda rows: 0.125 * rows, 2, [2, 4]),  # eight would leave the budget: 0.25 + 0.5 + 1 of 4/3 seconds
+    ],
+)
+def test_loading_measures_how_many_rows_pay(
+    price: Callable[[int], float], rows: int, measured: list[int], student_of: Model, clock: Clock
+) -> None:
+    slow_first: dict[int, float] = dict.fromkeys(measured, 64.0)  # buffers are made: the first tick does not count
+
+    def cost(rows: int) -> float:
+        return price(rows) + slow_first.pop(rows, 0.0)
+
+    pace, settings = Pace(), Settings(model=("sd",), max_rows="auto", torch_threads=1)
+    caps = warm_all({"sd": priced(student_of("sd"), clock, cost)}, settings, Metrics(), pace)
+    assert caps == {"sd": rows}
+    assert clock.batches == [n for n in [*measured, rows] for _ in range(3)]
+    assert pace.predict([("sd", rows)]) == price(rows)
+
+
+def test_loading_takes_two_rows_where_memory_ends_and_says_any_other_fault(student_of: Model, clock: Clock) -> None:
+    settings = Settings(model=("sd",), max_rows="auto", torch_threads=1)
+
+    def full(error: type[Exception]) -> Backbone:
+        def cost(rows: int) -> float:
+            if rows > 4:
+                raise error("full")
+            return 0.0625
+
+        return priced(student_of("sd"), clock, cost)
+
+    pace = Pace()
+    assert warm_all({"sd": full(torch.OutOfMemoryError)}, settings, Metrics(), pace) == {"sd": 2}
+    assert pace.predict([("sd", 1)]) == 0.03125
+    with pytest.raises(LookupError, match="full"):
+        warm_all({"sd": full(LookupError)}, settings, Metrics(), Pace())

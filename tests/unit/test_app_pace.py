@@ -38,7 +38,8 @@ def test_a_model_that_was_never_measured_is_guessed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "expected"), [(-1.0, 1), (1.0, 1), (1.001, 2), (41.5, 42), (3599.2, 3600), (3600.0, 3600), (3601.0, 3600)]
+    ("seconds", "expected"),
+    [(-1.0, 1), (1.0, 1), (1.001, 2), (41.5, 42), (3599.2, 3600), (3600.0, 3600), (3601.0, 3600)],
 )
 def test_retry_after_is_rounded_up_and_never_more_than_an_hour(seconds: float, expected: int) -> None:
     assert retry_after(seconds) == expected
