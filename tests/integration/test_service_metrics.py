@@ -1,4 +1,4 @@
-"""Known requests to a server on a clock of the test's own, then every figure that it gives compared with what was asked."""
+"""Known requests to a server on a clock of the test's own, then every figure compared with what was asked."""
 
 from __future__ import annotations
 
@@ -464,16 +464,16 @@ def test_retry_after_is_what_is_left_by_the_rows_and_is_looked_at_anew(
             clock.now += 0.125
             dearer = 0.125 + 0.1 * (10.0 - 0.125)
             assert await told() == math.ceil(130 * dearer + 14.0) == 159
-            # One tick is done, the other model's turn has come, and a short request has taken its place in the queue.
+            # Two ticks are done, the other model's turn has come, and a short request has taken its place in the queue.
             gate = clock.gate
             assert gate is not None
-            gate.release(1)
+            gate.release(2)
             await served.until(lambda: served.value("requests_waiting") == 1)
             posts.append(asyncio.ensure_future(served.post(num_inference_steps=1)))
             await served.until(lambda: served.value("requests_waiting") == 2)
             clock.now += 0.625
-            cheaper = dearer + 0.1 * (0.125 - dearer)
-            assert await told() == math.ceil((130 - 2 + 2) * cheaper + 14.0) == 146
+            cheaper = 0.125 + 0.9**2 * (dearer - 0.125)
+            assert await told() == math.ceil((130 - 4 + 2) * cheaper + 14.0) == 133
             clock.let_all()
             for post in posts:
                 assert (await post).status_code == 200

@@ -226,7 +226,7 @@ def test_what_a_handler_raises_is_counted_by_whose_fault_it_is(
             raise error
 
         sent = await watched.ask("/v1/images/edits", fails)
-        assert list(watched.counted())[0] == f"requests_total /v1/images/edits unknown unknown {outcome}"
+        assert next(iter(watched.counted())) == f"requests_total /v1/images/edits unknown unknown {outcome}"
         level, message, facts = watched.lines[-1]
         assert (level, message) == (logging.INFO, "request")
         assert (facts["status"], facts["code"]) == (status, code)
@@ -267,6 +267,6 @@ async def test_behind_a_prefix_routes_are_counted_by_their_own_path(monkeypatch:
     watched = Watched(monkeypatch)
     await watched.ask("/images/generate", root_path="/images")
     await watched.ask("/imagesgenerate", root_path="/images")
-    assert list(watched.counted())[0] == "requests_total /generate unknown unknown ok"
+    assert next(iter(watched.counted())) == "requests_total /generate unknown unknown ok"
     assert sum(value for name, value in watched.counted().items() if name.startswith("requests_total")) == 1
     assert [facts["path"] for *_, facts in watched.lines] == ["/images/generate", "/imagesgenerate"]
