@@ -472,8 +472,9 @@ def test_retry_after_is_what_is_left_by_the_rows_and_is_looked_at_anew(
             posts.append(asyncio.ensure_future(served.post(num_inference_steps=1)))
             await served.until(lambda: served.value("requests_waiting") == 2)
             clock.now += 0.625
-            cheaper = 0.125 + 0.9**2 * (dearer - 0.125)
-            assert await told() == math.ceil((130 - 4 + 2) * cheaper + 14.0) == 133
+            first = dearer + 0.1 * ((0.25 + 0.625) / 2 - dearer)  # the tick in which time was made to pass
+            cheaper = first + 0.1 * (0.125 - first)
+            assert await told() == math.ceil((130 - 4 + 2) * cheaper + 14.0) == 136
             clock.let_all()
             for post in posts:
                 assert (await post).status_code == 200
