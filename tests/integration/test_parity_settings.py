@@ -211,9 +211,7 @@ def test_caches_on_sizes_that_do_not_halve_evenly(
     for kind, accelerator in accelerators.items():
         options = {"seed": 0, "guidance_scale": 3.0, "acceleration": accelerator, **wanted}
         [result] = generate(backbone_of("sd"), [request("sd", True, 1, **options)])
-        expected = denoise(
-            pipeline_of("sd"), "ddim", steps=4, size=(height, width), level=level, inner=inner[kind]
-        )
+        expected = denoise(pipeline_of("sd"), "ddim", steps=4, size=(height, width), level=level, inner=inner[kind])
         assert torch.equal(result.latents, expected)
 
 

@@ -56,10 +56,10 @@ def from_the_paper(num_steps: int, count: int, center: int, power: float) -> lis
     """
     while power > 1:
         ends = [complex(end) ** (1 / power) for end in (-center, num_steps - center)]
-        points = (np.linspace(ends[0], ends[1], count + 1) ** power).real
-        if (np.abs(points - points.round())[1:-1] < 1e-6).any():
+        points = (np.linspace(ends[0], ends[1], count + 1)[1:-1] ** power).real
+        if (np.abs(points - points.round()) < 1e-6).any():
             return None
-        found = [0, *(int(x) + center for x in np.unique(points.astype(np.int32))[1:-1])]
+        found = [0, *(int(x) + center for x in np.unique(points.astype(np.int32)))]
         if len(found) == count:
             return found
         power -= 0.02
@@ -111,9 +111,7 @@ def test_guidance_begins_at_its_first_step_and_ends_before_its_last(
 ) -> None:
     accelerator = SelectiveGuidance(start=start, stop=stop)
     assert "".join("01"[bool(accelerator.plan(step, steps).guided)] for step in range(steps)) == guided
-    run = resolve(
-        unet_spec(), CONFIG, Request(prompt="a ring", num_inference_steps=steps, acceleration=accelerator)
-    )
+    run = resolve(unet_spec(), CONFIG, Request(prompt="a ring", num_inference_steps=steps, acceleration=accelerator))
     assert "".join(str(step.num_rows - 1) for step in run.steps) == guided
 
 
