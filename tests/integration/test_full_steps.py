@@ -74,7 +74,7 @@ GUIDED_BETWEEN = SelectiveGuidance(start=0.3, stop=0.7)
 UNET_RUNS: list[tuple[list[Accelerator], int, list[int], list[int]]] = [
     ([DeepCache(interval=3, branch=4)], 7, [0, 3, 6], [2] * 7),
     ([DeepCache(interval=10)], 3, [0], [2] * 3),
-    ([DeepCache(interval=3, schedule="nonuniform", center=3, power=1.2)], 8, [0, 2, 4], [2] * 8),
+    ([DeepCache(interval=3, schedule="nonuniform", center=3, power=1.2)], 8, [0, 3, 5], [2] * 8),
     ([DepthSkip(depth=2)], 2, [], [2] * 2),
     ([GUIDED_LATE, DeepCache(interval=4)], 6, [0, 3, 4], [1, 1, 1, 2, 2, 2]),
     ([GUIDED_AT_ONCE, DeepCache(interval=4)], 6, [0, 1, 4], [1, 2, 2, 2, 2, 2]),
