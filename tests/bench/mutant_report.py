@@ -1,0 +1,66 @@
+"""What the tests made of the mutants, by module. `python -m tests.bench.mutants --report`"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+CORE = ("app/engine*", "models/*")
+NOT_CORE = ("models/quality/*", "models/search*", "models/*_search.py", "models/*mac*")
+COLUMNS = ("killed", "survived", "hung", "uncovered")
+"""hung: a test had to be ended, which counts as killed. uncovered: no test is known to run the line, and none failed."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One mutant."""
+
+    key: str
+    path: str
+    line: int
+    outcome: str
+    seconds: float
+    tests: int
+    """That were run, or would have been without a failure."""
+    killer: str
+    diff: str
+
+    @property
+    def caught(self) -> bool:
+        """Whether a test noticed."""
+        return self.outcome in {"killed", "hung"}
+
+
+def core(path: str) -> bool:
+    """Whether a file belongs to the engine, the models or the accelerators, not to searches, counts and evaluation."""
+    return any(fnmatch(path, glob) for glob in CORE) and not any(fnmatch(path, glob) for glob in NOT_CORE)
+
+
+def table(results: Sequence[Result]) -> str:
+    """Rows by module, then the core, then all."""
+    lines = ["| module | mutants | " + " | ".join(COLUMNS) + " | % killed |", "| --- " + "| --: " * 6 + "|"]
+    for path in sorted({result.path for result in results}):
+        lines.append(_row(f"`{path}`", (result for result in results if result.path == path)))
+    groups: dict[str, Callable[[str], bool]] = {"**engine, models, accelerators**": core, "**all**": lambda _: True}
+    lines += [_row(name, (result for result in results if holds(result.path))) for name, holds in groups.items()]
+    return "\n".join(lines)
+
+
+def _row(name: str, results: Iterable[Result]) -> str:
+    counted = Counter(result.outcome for result in results)
+    total, caught = counted.total(), counted["killed"] + counted["hung"]
+    share = f"{100 * caught / total:.0f}" if total else "-"
+    return f"| {name} | {total} | " + " | ".join(str(counted[column]) for column in COLUMNS) + f" | {share} |"
+
+
+def report(results: Sequence[Result], title: str) -> str:
+    """The table, and what survived as diffs."""
+    survivors = sorted(
+        (result for result in results if not result.caught), key=lambda result: (result.path, result.line)
+    )
+    parts = [f"# {title}", table(results), "hung counts as killed.", f"## Survivors ({len(survivors)})"]
+    for one in survivors:
+        parts.append(f"### {one.path}:{one.line} ({one.outcome}, {one.tests} tests)\n\n```diff\n{one.diff}\n```")
+    return "\n\n".join(parts) + "\n"
