@@ -59,14 +59,14 @@ def test_files(root: Path) -> list[str]:
     return [str(file.relative_to(root)) for file in files if file.name not in LEFT_OUT or "e2e" not in file.parts]
 
 
-def reaches(root: Path, tree: Path, kept: Path, anew: bool) -> list[Reach]:
+def reaches(tree: Path, kept: Path, anew: bool) -> list[Reach]:
     """What every test file reaches: as kept where that is fresh, else measured in the tree."""
     kept.mkdir(parents=True, exist_ok=True)
     found = []
     for file in test_files(tree):
         record = kept / f"{file.replace('/', '.')}.json"
         reach = Reach(**json.loads(record.read_text())) if record.is_file() and not anew else None
-        if reach is None or not reach.fresh(root):
+        if reach is None or not reach.fresh(tree):
             reach = _measure(tree, file)
             record.write_text(json.dumps(vars(reach)))
             seconds = sum(reach.seconds.values())
@@ -86,8 +86,8 @@ def _measure(tree: Path, file: str) -> Reach:
     timing.unlink(missing_ok=True)
     options = ["--cov", "--cov-context=test", "--cov-report=", f"--cov-config={settings}"]
     os.environ |= {"COVERAGE_PROCESS_START": str(settings), "MUTANTS_SITE": str(site)}
-    fork = Fork(tree, Tests([file]), options, LIMIT, Timing(timing))
-    code = fork.wait()
+    with Fork(tree, Tests([file]), options, LIMIT, Timing(timing)) as fork:
+        code = fork.wait()
     for name in ("COVERAGE_PROCESS_START", "MUTANTS_SITE"):
         del os.environ[name]
     if not timing.is_file() or code == "hung":
@@ -154,18 +154,24 @@ def batches(reach: Sequence[Reach], path: str, lines: range, sources: Mapping[st
     return list(_packed(chosen, budget))
 
 
+def unreached(reach: Sequence[Reach]) -> Batch:
+    """The tests for lines that no test is known to reach."""
+    chosen = [(one, set(one.seconds) - set(one.failed)) for one in reach if one.file in UNREACHED]
+    return next(_packed(chosen, float("inf"), room=float("inf")))
+
+
 def others(reach: Sequence[Reach], done: Sequence[Batch]) -> list[Batch]:
     """The rest of the suite."""
-    ran = {test for batch in done for test in batch.tests.order or ()}
+    ran = {test for batch in done for test in batch.tests.order}
     left = [(one, set(one.seconds) - set(one.failed) - ran) for one in reach]
     return list(_packed([(one, tests) for one, tests in left if tests], float("inf")))
 
 
-def _packed(chosen: Sequence[tuple[Reach, set[str]]], budget: float) -> Iterator[Batch]:
+def _packed(chosen: Sequence[tuple[Reach, set[str]]], budget: float, room: float = 4.0) -> Iterator[Batch]:
     """Small batches first: most mutants die at once, and need not wait until every test file is imported."""
     files: dict[str, None] = {}
     tests: dict[str, float] = {}
-    room, spent = 4.0, 0.0
+    spent = 0.0
     for one, names in chosen:
         if spent + sum(tests.values()) > budget:
             break

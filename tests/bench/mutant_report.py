@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
 CORE = ("app/engine*", "models/*")
 NOT_CORE = ("models/quality/*", "models/search*", "models/*_search.py", "models/*mac*")
 COLUMNS = ("killed", "survived", "hung", "uncovered")
-"""hung: a test had to be ended, which counts as killed. uncovered: no test is known to run the line, and none failed."""
+"""hung: a test had to be ended, which counts as killed. uncovered: no test is known to reach the line, none failed."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ def table(results: Sequence[Result]) -> str:
     """Rows by module, then the core, then all."""
     lines = ["| module | mutants | " + " | ".join(COLUMNS) + " | % killed |", "| --- " + "| --: " * 6 + "|"]
     for path in sorted({result.path for result in results}):
-        lines.append(_row(f"`{path}`", (result for result in results if result.path == path)))
-    groups: dict[str, Callable[[str], bool]] = {"**engine, models, accelerators**": core, "**all**": lambda _: True}
-    lines += [_row(name, (result for result in results if holds(result.path))) for name, holds in groups.items()]
+        lines += [_row(f"`{path}`", [result for result in results if result.path == path])]
+    lines += [_row("**engine, models, accelerators**", [result for result in results if core(result.path)])]
+    lines += [_row("**all**", results)]
     return "\n".join(lines)
 
 
-def _row(name: str, results: Iterable[Result]) -> str:
+def _row(name: str, results: Sequence[Result]) -> str:
     counted = Counter(result.outcome for result in results)
     total, caught = counted.total(), counted["killed"] + counted["hung"]
     share = f"{100 * caught / total:.0f}" if total else "-"
@@ -61,6 +61,5 @@ def report(results: Sequence[Result], title: str) -> str:
         (result for result in results if not result.caught), key=lambda result: (result.path, result.line)
     )
     parts = [f"# {title}", table(results), "hung counts as killed.", f"## Survivors ({len(survivors)})"]
-    for one in survivors:
-        parts.append(f"### {one.path}:{one.line} ({one.outcome}, {one.tests} tests)\n\n```diff\n{one.diff}\n```")
+    parts += [f"### {one.path}:{one.line} ({one.outcome})\n\n```diff\n{one.diff}\n```" for one in survivors]
     return "\n\n".join(parts) + "\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -16,43 +17,21 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 OURS = {"app", "models", "tests"}
-HEAVY = [
-    "torch",
-    "torch.nn.functional",
-    "numpy",
-    "PIL.Image",
-    "skimage.metrics",
-    "matplotlib.figure",
-    "peft",
-    "safetensors.torch",
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "diffusers.schedulers.scheduling_unipc_multistep",
-    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
-    "diffusers.pipelines.dit.pipeline_dit",
-    "diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.t5.modeling_t5",
-    "transformers.models.auto.tokenization_auto",
-    "fastapi.testclient",
-    "uvicorn",
-    "httpx",
-    "openai",
-    "schemathesis",
-    "hypothesis",
-    "sse_starlette",
-    "typer.testing",
-    "rich.console",
-    "pydantic_settings",
-    "prometheus_client",
-    "pytest",
-]
+HEAVY = """
+torch numpy PIL.Image skimage.metrics matplotlib.figure peft safetensors.torch pytest hypothesis schemathesis openai
+diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion diffusers.schedulers.scheduling_unipc_multistep
+diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl diffusers.pipelines.dit.pipeline_dit
+diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma transformers.models.clip.modeling_clip
+httpx transformers.models.t5.modeling_t5 transformers.models.auto.tokenization_auto fastapi.testclient uvicorn
+sse_starlette pydantic_settings prometheus_client typer.testing rich.console
+"""
 SITE = "import coverage\n\ncoverage.process_startup()\n"
 COVERAGE = """[run]
 source = {tree}/app
@@ -68,7 +47,7 @@ def import_heavy() -> None:
     """Import what every test process needs; what is not installed is left out."""
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
-    for name in HEAVY:
+    for name in HEAVY.split():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     if threading.active_count() > 1:
@@ -90,18 +69,17 @@ def copy_checkout(root: Path) -> Path:
 
 @dataclass(frozen=True)
 class Tests:
-    """Test files and, where only some of their tests are wanted, those in order."""
+    """Test files and, where only some of their tests are wanted, the place of each."""
 
     files: Sequence[str]
-    order: Mapping[str, int] | None = None
-    skipped: Collection[str] = ()
+    order: Mapping[str, int] = field(default_factory=dict)
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         """Hook of pytest: keep and sort."""
-        order = self.order
-        kept = [i for i in items if i.nodeid not in self.skipped and (order is None or i.nodeid in order)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept if order is None else sorted(kept, key=lambda item: order[item.nodeid])
+        if self.order:
+            kept = sorted((i for i in items if i.nodeid in self.order), key=lambda item: self.order[item.nodeid])
+            config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in self.order])
+            items[:] = kept
 
 
 class Fork:
@@ -117,17 +95,27 @@ class Fork:
             arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
             _in_child(lambda: _pytest(tree, arguments, [tests, *plugins]), self.log)
 
+    def __enter__(self) -> Fork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kill()
+
+    def _kill(self) -> None:
+        """With the servers that tests left behind."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
     def ended(self) -> int | str | None:
         """pytest's exit code, "hung" where it had to be ended, None while it runs."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if not pid and time.monotonic() < self._ends:
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() < self._ends:
             return None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # servers that tests left behind, too
-        if not pid:
-            os.waitpid(self.pid, 0)
-            return "hung"
-        return os.waitstatus_to_exitcode(status)
+        self._kill()
+        os.waitpid(self.pid, 0)
+        return "hung"
 
     def wait(self) -> int | str:
         """`ended`, once it has."""
@@ -181,6 +169,4 @@ class Timing:
 
     def pytest_sessionfinish(self) -> None:
         """Hook of pytest."""
-        import json
-
         self._file.write_text(json.dumps({"seconds": self._seconds, "failed": sorted(self._failed)}))
