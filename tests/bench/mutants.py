@@ -18,7 +18,7 @@ the tests of the command line and of the server process are tried. Which tests r
 by test file, kept under runs/mutants/reach, and measured anew where the test file or code that it reaches has changed.
 
 Each job has a copy of the checkout in a temporary folder, so the checkout may be worked on meanwhile. torch and such
-libraries are imported once, and every run is a fork of that process. Survivors are to be read: some change nothing that matters.
+libraries are imported once, and every run is a fork of that process. Read the survivors: some change nothing of weight.
 """
 
 from __future__ import annotations

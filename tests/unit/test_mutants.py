@@ -162,7 +162,7 @@ RESULTS = [
     result("models/plan.py", "killed"),
     result("models/plan.py", "survived", line=9),
     result("models/plan.py", "hung"),
-    result("app/cli.py", "uncovered"),
+    result("app/cli.py", "uncovered", line=30),
     result("app/engine.py", "killed"),
 ]
 
@@ -181,7 +181,7 @@ def test_table_by_module_core_and_all() -> None:
 def test_a_report_shows_what_survived_and_only_that() -> None:
     text = report(RESULTS, "5 mutants")
     headings = [line for line in text.splitlines() if line.startswith("###")]
-    assert headings == ["### app/cli.py:3 (uncovered)", "### models/plan.py:9 (survived)"]
+    assert headings == ["### app/cli.py:30 (uncovered)", "### models/plan.py:9 (survived)"]
     assert text.count("```diff\n-a\n+b\n```") == 2
 
 
