@@ -28,6 +28,8 @@ import difflib
 import json
 import re
 import shutil
+import signal
+import sys
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict
@@ -64,6 +66,7 @@ def main() -> None:
         write_report(sample(ROOT, given), given.seed)
         return
     import_heavy()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the `finally` below
     trees = [copy_checkout(ROOT) for _ in range(given.jobs)]
     try:
         chosen = sample(trees[0], given)
