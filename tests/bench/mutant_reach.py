@@ -24,6 +24,8 @@ LEFT_OUT = ("test_playground.py", "test_deploy_ray.py", "test_deploy_docker.py")
 UNREACHED = ("tests/e2e/test_server_process.py", "tests/unit/test_app_cli.py")
 """Tried on lines that no test is known to reach."""
 LIMIT = 900.0
+LONGEST = 30.0
+"""Seconds of tests after which a batch takes no further file."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,8 @@ class Batch:
         return max(60.0, 5 * self.slowest)
 
 
-def batches(reach: Sequence[Reach], path: str, lines: range, sources: Mapping[str, str], budget: float) -> list[Batch]:
-    """Tests for a mutation of these lines, the most telling and fastest first, with at most about `budget` seconds.
+def batches(reach: Sequence[Reach], path: str, lines: range, sources: Mapping[str, str]) -> list[Batch]:
+    """Tests for a mutation of these lines, the most telling and fastest first.
 
     First the tests that run the lines, then the rest of the files that reach them by an import, a fixture or a process:
     files that bear the module's name before files that name it in an import, unit tests before others.
@@ -151,35 +153,37 @@ def batches(reach: Sequence[Reach], path: str, lines: range, sources: Mapping[st
     direct.sort(key=lambda entry: entry[0])
     whole.sort(key=lambda entry: entry[0])
     chosen = [(one, tests) for _, one, tests in direct] + [(one, tests) for _, one, tests in whole]
-    return list(_packed(chosen, budget))
+    return list(_packed(chosen))
+
+
+def within(planned: Sequence[Batch], budget: float) -> list[Batch]:
+    """As many of the first batches as are begun before `budget` seconds are spent."""
+    return [batch for n, batch in enumerate(planned) if sum(before.seconds for before in planned[:n]) < budget]
 
 
 def unreached(reach: Sequence[Reach]) -> Batch:
     """The tests for lines that no test is known to reach."""
     chosen = [(one, set(one.seconds) - set(one.failed)) for one in reach if one.file in UNREACHED]
-    return next(_packed(chosen, float("inf"), room=float("inf")))
+    return next(_packed(chosen, room=float("inf")))
 
 
 def others(reach: Sequence[Reach], done: Sequence[Batch]) -> list[Batch]:
     """The rest of the suite."""
     ran = {test for batch in done for test in batch.tests.order}
     left = [(one, set(one.seconds) - set(one.failed) - ran) for one in reach]
-    return list(_packed([(one, tests) for one, tests in left if tests], float("inf")))
+    return list(_packed([(one, tests) for one, tests in left if tests]))
 
 
-def _packed(chosen: Sequence[tuple[Reach, set[str]]], budget: float, room: float = 4.0) -> Iterator[Batch]:
+def _packed(chosen: Sequence[tuple[Reach, set[str]]], room: float = 4.0) -> Iterator[Batch]:
     """Small batches first: most mutants die at once, and need not wait until every test file is imported."""
     files: dict[str, None] = {}
     tests: dict[str, float] = {}
-    spent = 0.0
     for one, names in chosen:
-        if spent + sum(tests.values()) > budget:
-            break
         files[one.file] = None
         tests |= {name: one.seconds[name] for name in sorted(names, key=lambda name: one.seconds[name])}
         if sum(tests.values()) > room:
             yield _batch(files, tests)
-            room, spent, files, tests = room * 4, spent + sum(tests.values()), {}, {}
+            room, files, tests = min(room * 4, LONGEST), {}, {}
     if tests:
         yield _batch(files, tests)
 

@@ -23,7 +23,9 @@ class Result:
     outcome: str
     seconds: float
     tests: int
-    """That were run, or would have been without a failure."""
+    """In the runs up to the last one; of that, those after the first failure did not run."""
+    left: int
+    """Tests that reach the line too, and were not run."""
     killer: str
     diff: str
 
@@ -61,5 +63,7 @@ def report(results: Sequence[Result], title: str) -> str:
         (result for result in results if not result.caught), key=lambda result: (result.path, result.line)
     )
     parts = [f"# {title}", table(results), "hung counts as killed.", f"## Survivors ({len(survivors)})"]
-    parts += [f"### {one.path}:{one.line} ({one.outcome})\n\n```diff\n{one.diff}\n```" for one in survivors]
+    for one in survivors:
+        ran = f"{one.outcome}, {one.tests} tests" + (f", {one.left} more reach it" if one.left else "")
+        parts += [f"### {one.path}:{one.line} ({ran})", f"```diff\n{one.diff}\n```"]
     return "\n\n".join(parts) + "\n"

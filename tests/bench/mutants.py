@@ -37,7 +37,7 @@ from itertools import islice
 from pathlib import Path
 
 from tests.bench.mutant_draw import Mutation, changes_behaviour, draw, mutated, mutations, population
-from tests.bench.mutant_reach import Reach, batches, others, reaches, statement, unreached
+from tests.bench.mutant_reach import Reach, batches, others, reaches, statement, unreached, within
 from tests.bench.mutant_report import Result, report
 from tests.bench.mutant_runs import ROOT, Fork, copy_checkout, import_heavy
 
@@ -56,7 +56,7 @@ def main() -> None:
     add("--module", action="append", default=[], help="only mutants of this file or folder; may be repeated")
     add("--jobs", type=int, default=1, help="mutants at a time")
     add("--timeout", type=float, default=300, help="seconds after which a run of tests hangs")
-    add("--budget", type=float, default=240, help="seconds of tests on which a mutant then survives")
+    add("--budget", type=float, default=120, help="seconds of tests on which a mutant then survives")
     add("--rest", action="store_true", help="then the rest of the suite on each survivor")
     add("--coverage", action="store_true", help="measure anew which tests reach which line, no mutants")
     add("--report", action="store_true", help="only the report of what has been run")
@@ -137,8 +137,9 @@ def judge(
     changed = mutated(text, mutation)
     sources = {one.file: (tree / one.file).read_text() for one in reach}
     lines = statement(text, mutation.line, mutation.last_line)
-    planned = batches(reach, mutation.path, lines, sources, given.budget)
-    if not planned:
+    reaching = batches(reach, mutation.path, lines, sources)
+    planned = within(reaching, given.budget)
+    if not reaching:
         planned, outcome = [unreached(reach)], "uncovered"
     if given.rest:
         planned += others(reach, planned)
@@ -156,7 +157,8 @@ def judge(
     (tree / mutation.path).write_text(text)
     seconds = round(time.monotonic() - began, 1)
     diff = difflib.unified_diff(text.splitlines(), changed.splitlines(), mutation.path, mutation.path, lineterm="", n=2)
-    return Result(mutation.key, mutation.path, mutation.line, outcome, seconds, ran, killer, "\n".join(diff))
+    left = max(0, sum(len(batch.tests.order) for batch in reaching) - ran)
+    return Result(mutation.key, mutation.path, mutation.line, outcome, seconds, ran, left, killer, "\n".join(diff))
 
 
 def _killer(log: str) -> str:

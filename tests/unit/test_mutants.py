@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from tests.bench.mutant_draw import Mutation, changes_behaviour, draw, population
-from tests.bench.mutant_reach import Reach, batches, others, statement
+from tests.bench.mutant_reach import Reach, batches, others, statement, within
 from tests.bench.mutant_report import Result, core, report, table
 from tests.bench.mutant_runs import ROOT
 
@@ -129,7 +129,8 @@ SOURCES = {one.file: "import app.pace" if "importing" in one.file else "" for on
 
 
 def order(lines: range, budget: float = 1000.0) -> list[list[str]]:
-    return [list(batch.tests.order) for batch in batches(REACH, "app/pace.py", lines, SOURCES, budget)]
+    planned = batches(REACH, "app/pace.py", lines, SOURCES)
+    return [list(batch.tests.order) for batch in within(planned, budget)]
 
 
 def test_tests_of_the_line_first_then_the_files_that_import_it() -> None:
@@ -148,14 +149,14 @@ def test_a_budget_ends_the_list() -> None:
 
 
 def test_the_rest_is_what_has_not_run() -> None:
-    done = batches(REACH, "app/pace.py", range(8, 9), SOURCES, 10.0)
+    done = batches(REACH, "app/pace.py", range(8, 9), SOURCES)[:1]
     assert sorted(test for batch in others(REACH, done) for test in batch.tests.order) == [
         "c", "far", "importing", "other", "slower",
     ]  # fmt: skip
 
 
 def result(path: str, outcome: str, line: int = 3) -> Result:
-    return Result(f"{path}:{line}:{outcome}", path, line, outcome, 1.0, 5, "", "-a\n+b")
+    return Result(f"{path}:{line}:{outcome}", path, line, outcome, 1.0, 5, 2 * (line == 9), "", "-a\n+b")
 
 
 RESULTS = [
@@ -181,7 +182,10 @@ def test_table_by_module_core_and_all() -> None:
 def test_a_report_shows_what_survived_and_only_that() -> None:
     text = report(RESULTS, "5 mutants")
     headings = [line for line in text.splitlines() if line.startswith("###")]
-    assert headings == ["### app/cli.py:30 (uncovered)", "### models/plan.py:9 (survived)"]
+    assert headings == [
+        "### app/cli.py:30 (uncovered, 5 tests)",
+        "### models/plan.py:9 (survived, 5 tests, 2 more reach it)",
+    ]
     assert text.count("```diff\n-a\n+b\n```") == 2
 
 
