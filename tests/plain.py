@@ -9,7 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from models.schedulers import takes
+from models.solvers.names import takes
 from tests.reference import scheduler_for
 
 Inner = Literal["computed", "remembered", "zeros"]

@@ -2,7 +2,7 @@
 
     pip install ".[test,bench]"
     python -m tests.bench.mutants --count 100 --seed 7 --jobs 2   goes on where it stopped; report in runs/mutants
-    python -m tests.bench.mutants --module app/batcher.py         mutants of one file, or of one folder
+    python -m tests.bench.mutants --module app/engine/batcher.py         mutants of one file, or of one folder
     python -m tests.bench.mutants --report                        the report again, from what has been run
     python -m tests.bench.mutants --coverage                      only measures anew which tests reach which line
 

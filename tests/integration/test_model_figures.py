@@ -15,9 +15,9 @@ from torch import nn
 
 from models import Backbone, Request, load, macs
 from models.accelerators import CfgStudent, DeltaDiT, SelectiveGuidance
-from models.adapters import WEIGHT_NAME
-from models.mac_counter import MacCounter
-from models.macs import Usage, usage
+from models.adapters.lora import WEIGHT_NAME
+from models.costs.counter import MacCounter
+from models.costs.macs import Usage, usage
 from models.resolve import resolve
 from tests.integration.test_macs import CIFAR, DIT_XL, SD15
 from tests.pipelines import save_adapter
@@ -109,7 +109,7 @@ def test_old_sizes_make_room_and_are_counted_again(
     adapted: tuple[Backbone, dict[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone, _ = adapted
-    monkeypatch.setattr(sys.modules["models.macs"], "MOST_COUNTERS", 2)
+    monkeypatch.setattr(sys.modules["models.costs.macs"], "MOST_COUNTERS", 2)
     backbone.counters.clear()
     sides = (16, 32, 48, 16)
     found = [used(backbone, width=side, height=side, guidance_scale=1.0).macs for side in sides]

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from models import Backbone, Request, generate, load
 from models.accelerators import DeepCache, DepthSkip
-from models.backbones.unet import UNet
 from models.errors import OutOfRange
+from models.networks.unet import UNet
 from tests.integration.test_parity import inputs, photo, request, same
 from tests.pipelines import LAYOUTS
 from tests.plain import denoise

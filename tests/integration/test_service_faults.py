@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from app.engine.engine import decoder, worker
+from app.engine import decoder, worker
 from app.http.main import create_app
 from app.logs import configure
 from app.serve import Server

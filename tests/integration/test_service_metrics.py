@@ -21,11 +21,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 from torch import Tensor
 
-from app import decoder, generation, loading, middleware
-from app.loading import load_all, warm_all
-from app.main import create_app
+from app.engine import decoder, loading
+from app.engine.loading import load_all, warm_all
+from app.engine.pace import Pace
+from app.http import generation, middleware
+from app.http.main import create_app
 from app.metrics import Metrics
-from app.pace import Pace
 from app.settings import Settings
 from models import Backbone, load, macs
 from models.accelerators import CfgStudent, DeepCache, DeltaDiT
@@ -551,8 +552,8 @@ def test_weights_are_told_apart_in_bytes_and_loading_in_seconds(
         clock.now += seconds[Path(name).name]
         return priced(load(name, **options), clock, 0.125)
 
-    monkeypatch.setattr("app.loading.models.load", loads)
-    monkeypatch.setattr("app.loading.keep_freed_memory", lambda: None)
+    monkeypatch.setattr("app.engine.loading.models.load", loads)
+    monkeypatch.setattr("app.engine.loading.keep_freed_memory", lambda: None)
     names = tuple(str(pipeline_dir(layout)) for layout in ("sd", "dit"))
     adapters = (f"sd={small}", f"sd={large}")
     metrics, pace = Metrics(), Pace()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.engine import decoder
 from app.engine.decoder import Decoder
-from app.engine.engine import decoder
 from app.engine.job import Event, Finished, Job, Lane, Preview
 from app.metrics import Metrics
 from models import Request

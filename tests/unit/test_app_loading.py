@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import models
-from app.engine.engine import loading
+from app.engine import loading
 from app.engine.pace import FIRST_GUESS, Pace
 from app.metrics import Metrics
 from app.settings import Settings

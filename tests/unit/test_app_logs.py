@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from app import logs, middleware
+from app import logs
 from app.errors import QueueFull
+from app.http import middleware
+from app.http.middleware import Observe
 from app.logs import REQUESTS, HumanLines, JsonLines, configure
 from app.metrics import Metrics
-from app.middleware import Observe
 from app.settings import Settings
 from tests.serving import aio
 

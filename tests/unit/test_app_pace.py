@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.pace import FIRST_GUESS, Pace, knee, retry_after
+from app.engine.pace import FIRST_GUESS, Pace, knee, retry_after
 
 
 def test_a_row_costs_what_the_first_tick_cost_by_its_rows() -> None:

@@ -86,7 +86,7 @@ def test_what_runs_counts(before: str, after: str) -> None:
 
 def test_the_population_is_the_product() -> None:
     paths = set(population(ROOT))
-    assert {"app/main.py", "models/__init__.py"} <= paths
+    assert {"app/http/main.py", "models/__init__.py"} <= paths
     assert not any(path.startswith(("models/training", "models/bundled", "tests")) for path in paths)
 
 
@@ -115,7 +115,7 @@ def test_lines_of_a_statement_without_its_body(line: int, lines: range) -> None:
 
 
 def reach(file: str, seconds: dict[str, float], lines: dict[int, list[str]], failed: tuple[str, ...] = ()) -> Reach:
-    return Reach(file, {}, seconds, failed, {"app/pace.py": {str(line): tests for line, tests in lines.items()}})
+    return Reach(file, {}, seconds, failed, {"app/engine/pace.py": {str(line): tests for line, tests in lines.items()}})
 
 
 REACH = [
@@ -125,11 +125,11 @@ REACH = [
     reach("tests/unit/test_app_pace.py", {"b": 0.3, "a": 0.1, "c": 3.0}, {8: ["", "a", "b"]}),
     reach("tests/unit/test_far.py", {"far": 1.0}, {7: ["far"]}),
 ]
-SOURCES = {one.file: "import app.pace" if "importing" in one.file else "" for one in REACH}
+SOURCES = {one.file: "import app.engine.pace" if "importing" in one.file else "" for one in REACH}
 
 
 def order(lines: range, budget: float = 1000.0) -> list[list[str]]:
-    planned = batches(REACH, "app/pace.py", lines, SOURCES)
+    planned = batches(REACH, "app/engine/pace.py", lines, SOURCES)
     return [list(batch.tests.order) for batch in within(planned, budget)]
 
 
@@ -149,7 +149,7 @@ def test_a_budget_ends_the_list() -> None:
 
 
 def test_the_rest_is_what_has_not_run() -> None:
-    done = batches(REACH, "app/pace.py", range(8, 9), SOURCES)[:1]
+    done = batches(REACH, "app/engine/pace.py", range(8, 9), SOURCES)[:1]
     assert sorted(test for batch in others(REACH, done) for test in batch.tests.order) == [
         "c", "far", "importing", "other", "slower",
     ]  # fmt: skip
@@ -164,14 +164,14 @@ RESULTS = [
     result("models/plan.py", "survived", line=9),
     result("models/plan.py", "hung"),
     result("app/cli.py", "uncovered", line=30),
-    result("app/engine.py", "killed"),
+    result("app/engine/engine.py", "killed"),
 ]
 
 
 def test_table_by_module_core_and_all() -> None:
     assert table(RESULTS).splitlines()[2:] == [
         "| `app/cli.py` | 1 | 0 | 0 | 0 | 1 | 0 |",
-        "| `app/engine.py` | 1 | 1 | 0 | 0 | 0 | 100 |",
+        "| `app/engine/engine.py` | 1 | 1 | 0 | 0 | 0 | 100 |",
         "| `models/plan.py` | 3 | 1 | 1 | 1 | 0 | 67 |",
         "| **engine, models, accelerators** | 4 | 2 | 1 | 1 | 0 | 75 |",
         "| **all** | 5 | 2 | 1 | 1 | 1 | 60 |",
@@ -192,13 +192,13 @@ def test_a_report_shows_what_survived_and_only_that() -> None:
 @pytest.mark.parametrize(
     ("path", "inside"),
     [
-        ("app/engine.py", True),
-        ("app/engine/tick.py", True),
+        ("app/engine/engine.py", True),
+        ("app/engine/engine/tick.py", True),
         ("models/accelerators/deepcache.py", True),
         ("app/cli.py", False),
         ("models/quality/metrics.py", False),
-        ("models/plan_search.py", False),
-        ("models/macs.py", False),
+        ("models/search/attention_search.py", False),
+        ("models/costs/macs.py", False),
     ],
 )
 def test_the_core_is_what_serves(path: str, inside: bool) -> None:

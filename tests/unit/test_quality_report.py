@@ -14,7 +14,7 @@ from models.accelerators import DeepCache
 from models.quality import metrics, report
 from models.quality.cases import Case
 from models.quality.evaluate import Evaluation, Score
-from models.training.shapes import parse_caption, render
+from models.shapes.shapes import parse_caption, render
 
 CAPTIONS = ["a large red circle on a white background", "a small blue star on a black background"]
 PLAIN = Score(Case("plain", "baseline", 25), 50, 12_900_000_000, 1.0, 0.5, 1.0, None, None, None, None)
