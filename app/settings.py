@@ -103,5 +103,6 @@ class Settings(BaseSettings):
 
     def files(self, field: Literal["adapter", "plan"], model: str) -> dict[str, Path]:
         """The adapters or plans given for one model, by name."""
+        suffix = {"adapter": ".safetensors", "plan": ".json"}[field]
         pairs = (value.partition("=")[::2] for value in getattr(self, field))
-        return {Path(path).stem: Path(path) for name, path in pairs if name == model}
+        return {Path(path).name.removesuffix(suffix): Path(path) for name, path in pairs if name == model}

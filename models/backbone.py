@@ -83,6 +83,7 @@ class Backbone:
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents [images, channels, h, w] to pictures; this waits for the device."""
         config = self.vae.config
+        latents = latents.to(self.vae.dtype)  # before they are scaled, as SDXL's pipeline does
         if getattr(config, "latents_mean", None) is not None and self.spec.layout == "sdxl":
             mean, std = (
                 torch.tensor(v).view(1, -1, 1, 1).to(latents.device, latents.dtype)
@@ -93,7 +94,7 @@ class Backbone:
             latents = 1 / config.scaling_factor * latents
         else:
             latents = latents / config.scaling_factor
-        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        pixels = self.vae.decode(latents, return_dict=False)[0]
         images: list[Image.Image] = self._processor.postprocess(pixels, output_type="pil")
         return images
 

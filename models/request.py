@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -53,6 +54,23 @@ class Request:
     def accelerators(self) -> tuple[Accelerator, ...]:
         """The accelerators as a tuple, however they were given."""
         return (self.acceleration,) if isinstance(self.acceleration, Accelerator) else tuple(self.acceleration)
+
+
+def digest(requests: Sequence[Request]) -> str:
+    """A short digest of all that requests say, with pictures and tensors by their content."""
+    sha = hashlib.sha256()
+    for request in requests:
+        for name, value in vars(request).items():
+            sha.update(f"{name}={_content(value)};".encode())
+    return sha.hexdigest()[:16]
+
+
+def _content(value: object) -> object:
+    if isinstance(value, Image.Image):
+        return value.size, value.mode, hashlib.sha256(value.tobytes()).hexdigest()
+    if isinstance(value, Tensor):
+        return tuple(value.shape), hashlib.sha256(value.detach().cpu().double().numpy().tobytes()).hexdigest()
+    return value
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from app.commands.grammar import parse
 from app.commands.options import (
@@ -95,7 +95,7 @@ def _open(path: Path | None) -> Image.Image | None:
         return None
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise typer.BadParameter(f"{path}: {error}", param_hint="--image") from error
 

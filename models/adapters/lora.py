@@ -108,10 +108,12 @@ def _terms(file: Path, weights: dict[str, Tensor], metadata: dict[str, str], net
         if projection is None or shapes.get(target) != (up.shape[0], down.shape[1]):
             raise ModelLoadError(f"{file}: {target} is no attention projection of this model")
         rank = down.shape[0]
-        alpha = alphas.get(target, float(settings.get("lora_alpha", rank)))
+        alpha = alphas.pop(target, float(settings.get("lora_alpha", rank)))
         path = target.removesuffix("." + projection)
         pair = (down.to(reference), (up.float() * (alpha / rank)).to(reference).t().contiguous())
         found.setdefault((path, _source(network.get_submodule(path), projection)), {})[projection] = pair
+    if alphas:
+        raise ModelLoadError(f"{file}: {next(iter(alphas))}.alpha belongs to no LoRA pair")
     if not found:
         raise ModelLoadError(f"{file}: no LoRA weights found")
     return {key: _joined(pairs) for key, pairs in found.items()}, rank

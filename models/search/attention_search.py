@@ -21,7 +21,7 @@ from models.denoise import Tick, predict
 from models.errors import RequestError, WrongBackbone
 from models.generate import start
 from models.networks.sites import attention
-from models.request import Request
+from models.request import Request, digest
 from models.resolve import resolve
 from models.reuse.compile import Known, computes, row_plan, view
 from models.reuse.plans import ROLES, Role, RowPlan
@@ -52,13 +52,15 @@ def search_plan(
     """
     if backbone.spec.family != "dit":
         raise WrongBackbone("model", f"{backbone.spec.name} is a {backbone.spec.family}; plans are for transformers")
-    runs = [resolve(backbone.spec, backbone.scheduler_config, replace(r, acceleration=())) for r in requests]
+    requests = [replace(request, acceleration=()) for request in requests]
+    runs = [resolve(backbone.spec, backbone.scheduler_config, request) for request in requests]
     trajectories = [trajectory for run in runs for trajectory in start(backbone, run)]
     first = runs[0]
     if len({(t.group, r.scheduler, r.num_inference_steps, r.guided) for r in runs for t in trajectories}) != 1:
         raise RequestError("requests", "calibration requests must be alike in size, scheduler, steps and guidance")
     tokens = backbone.spec.tokens(first.width, first.height)
-    search = _Search(backbone, trajectories, threshold, tokens // 8 if window is None else window, metric)
+    window = tokens // 8 if window is None else window
+    search = _Search(backbone, trajectories, threshold, window, metric, digest(requests))
     table = _resume(checkpoint, search)
     steps = len(first.steps)
     for step in range(steps):
@@ -99,6 +101,7 @@ class _Search:
     threshold: float
     window: int
     metric: Metric
+    requests: str  # their digest
     known: dict[Role, Known] = field(default_factory=lambda: {role: {} for role in ROLES})
 
     @property
@@ -110,6 +113,7 @@ class _Search:
             "threshold": self.threshold,
             "window": self.window,
             "metric": self.metric,
+            "requests": self.requests,
             "trajectories": len(self.trajectories),
             "steps": first.num_steps,
             "scheduler": type(first.scheduler).__name__,

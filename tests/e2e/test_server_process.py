@@ -140,6 +140,31 @@ def test_a_drain_is_bounded(pipeline_dir: Callable[[str], Path], tmp_path: Path)
         assert answers[0].json()["error"]["code"] == "draining"
 
 
+def test_a_second_signal_does_not_wait(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    with server(tmp_path / "log", pipeline_dir("sd"), drain_seconds=600) as (url, process):
+        ends: list[httpx.Response | httpx.TransportError] = []
+        body = {"prompt": PROMPT, "num_inference_steps": 250, "num_images": 10}
+
+        def ask() -> None:
+            try:
+                ends.append(httpx.post(f"{url}/generate", json=body, timeout=60))
+            except httpx.TransportError as error:
+                ends.append(error)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while "requests_running 1.0" not in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{url}/health/ready").status_code == 200:
+            time.sleep(0.02)
+        assert process.poll() is None, "the first one waits"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+        thread.join()
+        assert not isinstance(ends[0], httpx.Response) or ends[0].status_code != 200
+
+
 def test_a_model_that_cannot_be_loaded_stops_the_start(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "app.cli", "serve", "--model", str(tmp_path), "--port", str(free_port())]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from app.engine.loading import load_all
 from app.engine.pace import Pace
 from app.metrics import Metrics
 from app.settings import Settings
-from models import Backbone, Request, generate, load
+from models import Backbone, Plan, Request, generate, load
 from models.accelerators import DeepCache, DepthSkip
-from models.errors import ModelLoadError, OutOfRange, WrongBackbone
+from models.errors import ModelLoadError, OutOfRange, RequestError, WrongBackbone
+from models.solvers.names import REGISTRY
 from tests.integration.test_mixed import distance
+from tests.pipelines import save_adapter
 
 Backbones = Callable[..., Backbone]
 Directories = Callable[[str], Path]
@@ -190,3 +193,331 @@ def test_a_server_may_load_a_model_in_part_without_its_students() -> None:
     backbones, _ = load_all(settings, Metrics(), Pace())
     assert backbones["shapes-sd"].spec.depth == 3
     assert not backbones["shapes-sd"].loras
+
+
+FACTS: dict[str, dict[str, Any]] = {
+    "sd": {"family": "unet", "layout": "sd", "depth": 9, "patch_size": 1, "default_guidance_scale": 7.5},
+    "sd2": {"family": "unet", "layout": "sd", "depth": 4, "patch_size": 1, "default_guidance_scale": 7.5},
+    "sdxl": {"family": "unet", "layout": "sdxl", "depth": 6, "patch_size": 1, "default_guidance_scale": 5.0},
+    "dit": {"family": "dit", "layout": "dit", "depth": 6, "patch_size": 2, "default_guidance_scale": 4.0},
+    "pixart-alpha": {"family": "dit", "layout": "pixart", "depth": 6, "patch_size": 2, "default_guidance_scale": 4.5},
+    "pixart-sigma": {"family": "dit", "layout": "pixart", "depth": 6, "patch_size": 2, "default_guidance_scale": 4.5},
+}
+
+
+@pytest.mark.parametrize("layout", FACTS)
+def test_what_a_model_says_of_itself(layout: str, backbone_of: Backbones) -> None:
+    spec = backbone_of(layout).spec
+    common = {
+        "name": layout,
+        "latent_channels": 4,
+        "latent_scale": 2,
+        "native_width": 32,
+        "native_height": 32,
+        "schedulers": tuple(REGISTRY),
+        "default_scheduler": "ddim",
+        "default_steps": 25,
+        "num_train_timesteps": 1000,
+        "num_classes": 1000 if layout == "dit" else None,
+        "has_text_encoder": layout != "dit",
+        "description": "",
+        "examples": (),
+        "prompt_grammar": None,
+        "adapters": {},
+        "plans": {},
+    }
+    wanted = common | FACTS[layout]
+    assert {name: getattr(spec, name) for name in wanted} == wanted
+
+
+def test_every_extra_beside_a_model(copied: Callable[[str], Path]) -> None:
+    directory = copied("pixart-alpha")
+    extras = {
+        "native_width": 48,
+        "native_height": 64,
+        "default_scheduler": "dpmpp_2m",
+        "examples": ["a ring", "a star"],
+        "prompt_grammar": {"shapes": ["ring"]},
+        "max_sequence_length": 24,
+    }
+    (directory / "slipstream.json").write_text(json.dumps(extras))
+    backbone = load(str(directory), device="cpu")
+    spec = backbone.spec
+    assert (spec.native_width, spec.native_height, spec.default_scheduler) == (48, 64, "dpmpp_2m")
+    assert (spec.examples, spec.prompt_grammar) == (("a ring", "a star"), {"shapes": ["ring"]})
+    assert (spec.description, spec.default_steps) == ("", 25)
+    [encoded] = backbone.conditioner.encode(["a ring"])
+    assert {name: tuple(tensor.shape) for name, tensor in encoded.items()} == {
+        "encoder_hidden_states": (1, 24, 32),
+        "encoder_attention_mask": (1, 24),
+    }
+
+
+@pytest.mark.parametrize(("layout", "tokens"), [("pixart-alpha", 120), ("pixart-sigma", 300), ("sd", None)])
+def test_prompts_are_padded_to_the_familys_length(layout: str, tokens: int | None, backbone_of: Backbones) -> None:
+    conditioner = backbone_of(layout).conditioner
+    [encoded] = conditioner.encode(["a ring"])
+    assert encoded["encoder_hidden_states"].shape[1] == conditioner.text_tokens
+    assert tokens is None or conditioner.text_tokens == tokens
+
+
+def test_native_sizes_may_be_unlike(copied: Callable[[str], Path]) -> None:
+    """A list in the config is height before width."""
+    directory = copied("sd")
+    edit(directory / "unet" / "config.json", sample_size=[12, 20])
+    spec = load(str(directory), device="cpu").spec
+    assert (spec.native_width, spec.native_height) == (40, 24)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [("sd", "StableDiffusionImg2ImgPipeline"), ("sdxl", "StableDiffusionXLImg2ImgPipeline")],
+)
+def test_image_to_image_pipelines_are_the_same_models(
+    layout: str, name: str, copied: Callable[[str], Path], backbone_of: Backbones
+) -> None:
+    directory = copied(layout)
+    edit(directory / "model_index.json", _class_name=name)
+    [ours], [theirs] = (
+        generate(b, [request(layout)]) for b in (load(str(directory), device="cpu"), backbone_of(layout))
+    )
+    assert torch.equal(ours.latents, theirs.latents)
+
+
+def test_the_hash_is_of_the_architecture(copied: Callable[[str], Path], backbone_of: Backbones) -> None:
+    """What starts with an underscore and the order of the keys say nothing of it; anything else does."""
+    directory, known = copied("sd"), backbone_of("sd").spec.config_hash
+    file = directory / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({"_name_or_path": "elsewhere", **dict(reversed(config.items()))} | {"_new": 1}))
+    assert load(str(directory), device="cpu").spec.config_hash == known
+    assert len(known) == 16
+    edit(file, sample_size=config["sample_size"] + 2)
+    assert load(str(directory), device="cpu").spec.config_hash != known
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "slipstream.json"])
+def test_files_that_are_no_json_are_named(file: str, copied: Callable[[str], Path]) -> None:
+    directory = copied("sd")
+    (directory / file).write_text("{")
+    with pytest.raises(ModelLoadError, match=rf"{file}: cannot be read"):
+        load(str(directory), device="cpu")
+
+
+def test_a_missing_config_is_named(copied: Callable[[str], Path]) -> None:
+    directory = copied("dit")
+    (directory / "transformer" / "config.json").unlink()
+    with pytest.raises(ModelLoadError, match=r"transformer/config\.json: cannot be read"):
+        load(str(directory), device="cpu")
+
+
+def test_weights_missing_from_a_part_are_counted(copied: Callable[[str], Path]) -> None:
+    directory = copied("sd")
+    weights = directory / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".elsewhere"))
+    with pytest.raises(ModelLoadError, match=r"unet: \d+ weights are missing, conv_in\.bias first"):
+        load(str(directory), device="cpu", depth=2)
+
+
+@pytest.mark.parametrize("depth", [0, 10, -1])
+def test_depths_that_the_network_has_not(depth: int, pipeline_dir: Directories) -> None:
+    with pytest.raises(ModelLoadError, match=rf"depth: {depth} is not in 1\.\.9"):
+        load(str(pipeline_dir("sd")), device="cpu", depth=depth)
+
+
+def test_a_part_of_a_network_is_of_the_type_asked_for(pipeline_dir: Directories) -> None:
+    small = load(str(pipeline_dir("sd")), device="cpu", dtype="bfloat16", depth=2)
+    assert {p.dtype for p in small.network.module.parameters()} == {torch.bfloat16}
+
+
+def test_auto_is_single_precision_on_a_cpu(pipeline_dir: Directories) -> None:
+    backbone = load(str(pipeline_dir("sd")), device="cpu")
+    assert backbone.dtype == torch.float32
+    assert backbone.device == torch.device("cpu")
+    parameters = list(backbone.network.module.parameters())
+    assert {p.dtype for p in parameters} == {torch.float32}
+    assert not any(p.requires_grad for p in parameters)
+    assert not backbone.network.module.training
+
+
+@pytest.mark.parametrize(
+    ("upcast", "dtype", "expected"), [(True, "float16", 32), (False, "float16", 16), (True, "bfloat16", 16)]
+)
+def test_a_vae_that_overflows_stays_in_single_precision(
+    upcast: bool, dtype: str, expected: int, copied: Callable[[str], Path]
+) -> None:
+    directory = copied("sd")
+    edit(directory / "vae" / "config.json", force_upcast=upcast)
+    backbone = load(str(directory), device="cpu", dtype=dtype)
+    assert torch.finfo(next(backbone.vae.parameters()).dtype).bits == expected
+    assert torch.finfo(next(backbone.network.module.parameters()).dtype).bits == 16
+
+
+PLAN: dict[str, Any] = {
+    "model": "any",
+    "config_hash": "hash",
+    "scheduler": "ddim",
+    "num_inference_steps": 1,
+    "tokens": 64,
+    "guidance": True,
+    "window": 8,
+    "threshold": 0.1,
+    "table": [["full"] * 6],
+}
+
+
+def test_what_lies_beside_a_model_is_found_and_what_is_given_goes_first(
+    copied: Callable[[str], Path], pipeline_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    directory, network = copied("pixart-alpha"), pipeline_of("pixart-alpha").transformer
+    for name, scale in (("guidance-7.5", 7.5), ("soft", 2.0)):
+        save_adapter(network, directory / "adapters" / name, guidance_scale=scale)
+    other = save_adapter(network, tmp_path / "other", guidance_scale=3.0)
+    (directory / "plans").mkdir()
+    for name, window in (("D1", 1), ("D2", 2)):
+        (directory / "plans" / f"{name}.json").write_text(json.dumps({**PLAN, "window": window}))
+    (directory / "plans" / "notes.txt").write_text("no plan")
+    (tmp_path / "given.json").write_text(json.dumps({**PLAN, "window": 5}))
+    given = Plan.model_validate({**PLAN, "window": 6})
+    backbone = load(
+        str(directory),
+        device="cpu",
+        adapters={"soft": other, "more": other},
+        plans={"D2": given, "D3": tmp_path / "given.json"},
+    )
+    assert {n: a.guidance_scale for n, a in backbone.spec.adapters.items()} == {
+        "guidance-7.5": 7.5,
+        "soft": 3.0,
+        "more": 3.0,
+    }
+    assert {n: a.name for n, a in backbone.spec.adapters.items()} == {n: n for n in backbone.spec.adapters}
+    assert {n: plan.window for n, plan in backbone.spec.plans.items()} == {"D1": 1, "D2": 6, "D3": 5}
+
+
+def _cached(directory: Path, cache: Path, name: str) -> None:
+    """Put a directory where the hub's client looks for what it has downloaded."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(directory, folder / "snapshots" / "abc")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+
+
+def test_a_hub_id_is_its_snapshot(
+    pipeline_dir: Directories, backbone_of: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _cached(pipeline_dir("sd"), tmp_path, "somebody/tiny-model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    backbone = load("somebody/tiny-model", device="cpu")
+    assert backbone.spec.name == "tiny-model"
+    [ours], [theirs] = (generate(b, [request("sd")]) for b in (backbone, backbone_of("sd")))
+    assert torch.equal(ours.latents, theirs.latents)
+
+
+def test_nothing_that_could_run_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is asked for JSON, text, vocabularies and safetensors; neither pickles nor code."""
+    asked: list[list[str]] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        raise OSError("no route to it")
+
+    monkeypatch.setattr(sys.modules[load.__module__], "snapshot_download", download)
+    with pytest.raises(ModelLoadError, match=r"somebody/x: no bundled model, no directory, and the hub says: no route"):
+        load("somebody/x")
+    assert asked == [["*.json", "*.txt", "*.model", "*.safetensors"]]
+
+
+def test_a_directory_of_a_bundled_name_is_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shapes-sd").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load("shapes-sd", device="cpu").spec.depth > 0
+
+
+def _texts(backbone: Backbone) -> list[int]:
+    """How many texts each pass of the text encoder had; filled in as they happen."""
+    batches: list[int] = []
+    encoder = backbone.conditioner.modules()[0]
+    encoder.register_forward_hook(lambda module, given, out: batches.append(len(out[0])))
+    return batches
+
+
+def test_prompts_are_encoded_once_and_as_one_batch(pipeline_dir: Directories) -> None:
+    backbone = load(str(pipeline_dir("sd")), device="cpu")
+    batches, encode = _texts(backbone), backbone.conditioner.encode
+    first, again, empty, second = encode(["a ring", "a ring", None, "a star"])
+    assert batches == [3]
+    assert torch.equal(first["encoder_hidden_states"], again["encoder_hidden_states"])
+    assert not torch.equal(first["encoder_hidden_states"], second["encoder_hidden_states"])
+    assert torch.equal(encode([""])[0]["encoder_hidden_states"], empty["encoder_hidden_states"])
+    encode(["a star", "a cross", "a ring"])
+    assert batches == [3, 1]
+    for text, found in (("a ring", first), ("a star", second)):
+        alone = load(str(pipeline_dir("sd")), device="cpu").conditioner.encode([text])[0]
+        assert torch.allclose(alone["encoder_hidden_states"], found["encoder_hidden_states"], atol=1e-6)
+
+
+def test_what_an_encoded_prompt_holds_is_its_own(pipeline_dir: Directories) -> None:
+    """Writing into a result's dict changes no later one, and a cached prompt keeps no batch alive."""
+    conditioner = load(str(pipeline_dir("sd")), device="cpu").conditioner
+    first, _ = conditioner.encode(["a ring", "a star"])
+    first["more"] = torch.zeros(1)
+    assert set(conditioner.encode(["a ring"])[0]) == {"encoder_hidden_states"}
+    hidden = first["encoder_hidden_states"]
+    assert hidden.untyped_storage().nbytes() == hidden.nbytes
+
+
+def test_the_prompt_that_was_used_longest_ago_is_forgotten(
+    pipeline_dir: Directories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load(str(pipeline_dir("sd")), device="cpu")
+    conditioner = backbone.conditioner
+    module = sys.modules[type(conditioner).__module__]
+    assert module.CACHED_PROMPTS == 1024
+    monkeypatch.setattr(module, "CACHED_PROMPTS", 2)
+    batches = _texts(backbone)
+    for text in ("a", "b", "a", "c", "a", "c"):  # c pushes b out, not a, which was used since
+        conditioner.encode([text])
+    assert batches == [1, 1, 1]
+    conditioner.encode(["b"])
+    assert batches == [1, 1, 1, 1]
+    conditioner.encode(["c"])
+    assert len(batches) == 4
+    conditioner.encode(["a"])
+    assert len(batches) == 5
+
+
+def test_sdxl_needs_both_kinds_of_embeddings(backbone_of: Backbones) -> None:
+    embeds = torch.zeros(1, 7, 64)
+    with pytest.raises(RequestError, match="pooled_prompt_embeds: this model needs them"):
+        generate(backbone_of("sdxl"), [request("sdxl", prompt=None, prompt_embeds=embeds)])
+
+
+def test_sdxl_encodes_the_empty_prompt_where_its_config_says_so(
+    copied: Callable[[str], Path], backbone_of: Backbones
+) -> None:
+    """`force_zeros_for_empty_prompt` off: no zeros; a negative prompt is encoded in either case."""
+    directory = copied("sdxl")
+    edit(directory / "model_index.json", force_zeros_for_empty_prompt=False)
+    plain, zeros = load(str(directory), device="cpu"), backbone_of("sdxl")
+
+    def drawn(backbone: Backbone, negative: str | None) -> torch.Tensor:
+        return generate(backbone, [request("sdxl", negative_prompt=negative)])[0].latents
+
+    assert not torch.equal(drawn(plain, None), drawn(zeros, None))
+    assert torch.equal(drawn(plain, None), drawn(plain, ""))
+    assert torch.equal(drawn(zeros, None), drawn(zeros, ""))
+    assert torch.equal(drawn(plain, "dull"), drawn(zeros, "dull"))
+    assert not torch.equal(drawn(zeros, "dull"), drawn(zeros, None))
+
+
+def test_without_a_mask_every_token_counts(backbone_of: Backbones) -> None:
+    backbone, embeds = backbone_of("pixart-alpha"), torch.randn(1, 9, 32)
+    options: dict[str, Any] = {"prompt": None, "prompt_embeds": embeds, "guidance_scale": 1.0}
+    ones, part = torch.ones(1, 9), torch.tensor([[1.0] * 4 + [0.0] * 5])
+    bare, whole, masked = (
+        generate(backbone, [request("pixart-alpha", prompt_attention_mask=mask, **options)])[0].latents
+        for mask in (None, ones, part)
+    )
+    assert torch.equal(bare, whole)
+    assert not torch.equal(bare, masked)

@@ -137,6 +137,77 @@ def test_nobody_is_asked_to_start_whose_rows_do_not_fit() -> None:
     assert asked == ["c"]
 
 
+def test_a_group_that_may_not_start_keeps_its_turn() -> None:
+    x, y = Image("x", group="x"), Image("y", group="y")
+    batcher = make(x, y)
+    assert names(batcher.next(lambda image: image is y)) == "y"
+    assert names(batcher.next()) == "x"
+    assert names(batcher.next()) == "y"
+
+
+def test_the_caps_are_by_group_and_asked_anew() -> None:
+    caps = {"x": 2, "y": 4}
+    batcher: Batcher[Image, Hashable] = Batcher(lambda group: caps[str(group)])
+    for group in "xxxyyy":
+        batcher.add(Image(group, group=group))
+    assert [names(batcher.next()) for _ in range(2)] == ["x", "yy"]
+    caps["x"] = 6
+    assert [names(batcher.next()) for _ in range(2)] == ["xxx", "yy"]
+
+
+def test_nothing_is_kept_of_a_group_that_is_empty() -> None:
+    asked: list[Hashable] = []
+
+    def cap(group: Hashable) -> int:
+        asked.append(group)
+        return 4
+
+    batcher: Batcher[Image, Hashable] = Batcher(cap)
+    images = [Image(str(i), group=i) for i in range(50)]
+    for image in images:
+        batcher.add(image)
+    for image in images[::2]:
+        batcher.begin(image)
+    for image in images[1:]:
+        batcher.discard(image)
+    assert len(batcher) == 1
+    batcher.discard(images[0])
+    assert batcher.next() == []
+    assert asked == [], "lists of groups that are gone"
+
+
+def test_a_group_that_comes_back_is_last() -> None:
+    x, y = Image("x", group="x"), Image("y", group="y")
+    batcher = make(x, y)
+    batcher.discard(x)
+    batcher.add(x)
+    assert [names(batcher.next()) for _ in range(3)] == ["y", "x", "y"]
+
+
+def test_who_is_not_in_the_line_is_not_missed() -> None:
+    a, b, stranger = Image("a", num_rows=1), Image("b", num_rows=1), Image("c", num_rows=1)
+    batcher = make(a, b)
+    batcher.begin(b)
+    batcher.discard(stranger)
+    batcher.discard(Image("d", group="elsewhere"))
+    assert len(batcher) == 2
+    assert names(batcher.next()) == "ab"
+    batcher.discard(b)
+    assert len(batcher) == 1
+
+
+def test_nobody_is_asked_once_the_tick_is_full() -> None:
+    asked: list[str] = []
+
+    def admit(image: Image) -> bool:
+        asked.append(image.name)
+        return True
+
+    batcher = make(*[Image(name) for name in "abcd"], cap=4)
+    assert names(batcher.next(admit)) == "ab"
+    assert asked == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("limit", "reserved", "needs", "expected"),
     [

@@ -15,6 +15,7 @@ from app.engine.job import Event, Finished, Job, Lane, Preview
 from app.metrics import Metrics
 from models import Request
 from models.resolve import resolve
+from tests.unit.fakes import FakeBackbone, error_of, greys, make_job, sample
 from tests.unit.specs import unet_spec
 
 
@@ -82,3 +83,88 @@ def test_a_job_ends_with_its_last_image_and_not_with_a_preview(monkeypatch: pyte
     line.add(two.lanes[0])
     line.work()
     assert line.ended == [("two", Finished(["two0", "two1"]))]  # type: ignore[list-item]
+
+
+class Fakes:
+    """A decoder on models without networks, and what it told of jobs."""
+
+    def __init__(self, chunk: int = 4) -> None:
+        self.unet, self.other, self.metrics = FakeBackbone(), FakeBackbone(), Metrics()
+        self.ended: list[tuple[Job, Event]] = []
+        backbones = {"unet": self.unet.real, "other": self.other.real}
+        self.decoder = Decoder(backbones, chunk, self.metrics, self._end)
+
+    def _end(self, job: Job, event: Event) -> None:
+        assert job not in dict(self.ended), "a job ends once"
+        self.ended.append((job, event))
+        self.decoder.drop(job)
+
+    def add(self, seed: int, images: int = 1, **options: Any) -> Job:
+        """A job whose images are all there."""
+        one = make_job(self.unet, seed, images, **options)
+        run = one.run
+        for lane in one.lanes:
+            self.decoder.add(lane, torch.full((1, 1, run.height // 8, run.width // 8), float(seed + lane.index)))
+        return one
+
+    def work(self) -> None:
+        """One chunk."""
+        self.decoder.work()
+
+
+def test_a_chunk_is_of_one_size_and_model_oldest_first() -> None:
+    fakes = Fakes(chunk=2)
+    jobs = [
+        fakes.add(1, width=24),
+        fakes.add(2, height=24),
+        fakes.add(3, 2, width=24),
+        fakes.add(5, model="other", width=24),
+    ]
+    for _ in range(4):
+        fakes.work()
+    assert (fakes.unet.decoded, fakes.other.decoded) == ([[1, 3], [2], [4]], [[5]])
+    assert [job for job, _ in fakes.ended] == [jobs[0], jobs[1], jobs[2], jobs[3]]
+    assert [greys(event) for _, event in fakes.ended] == [[1], [2], [3, 4], [5]]
+    assert len(fakes.decoder) == 0
+
+
+def test_a_failed_chunk_answers_all_of_its_jobs_once_and_leaves_the_others() -> None:
+    fakes = Fakes(chunk=3)
+
+    def before(seeds: list[int]) -> None:
+        if 2 in seeds:
+            raise RuntimeError("secret")
+
+    fakes.unet.before_decode = before
+    first, second, third = fakes.add(1), fakes.add(2, 4), fakes.add(6)
+    fakes.work()
+    assert {job for job, _ in fakes.ended} == {first, second}
+    assert {error_of(event).code for _, event in fakes.ended} == {"forward_failed"}
+    assert len(fakes.decoder) == 1  # the rest of the second has gone with it
+    fakes.work()
+    assert fakes.ended[2][0] is third
+    assert greys(fakes.ended[2][1]) == [6]
+    assert sample(fakes.metrics, "out_of_memory_total") == 0
+
+
+def test_out_of_memory_with_a_single_picture_fails_its_job() -> None:
+    fakes = Fakes(chunk=5)
+    sizes: list[int] = []
+
+    def before(seeds: list[int]) -> None:
+        sizes.append(len(seeds))
+        if 1 in seeds:
+            raise torch.OutOfMemoryError
+
+    fakes.unet.before_decode = before
+    bad, *good = [fakes.add(seed) for seed in range(1, 6)]
+    for _ in range(3):
+        fakes.work()
+    assert sizes == [5, 2, 1]  # halves, and then it is one picture
+    assert [job for job, _ in fakes.ended] == [bad]
+    assert error_of(fakes.ended[0][1]).code == "out_of_memory"
+    assert sample(fakes.metrics, "out_of_memory_total") == 3
+    while len(fakes.decoder):
+        fakes.work()
+    assert sizes[3:] == [1] * 4, "chunks stay small"
+    assert [job for job, _ in fakes.ended[1:]] == good

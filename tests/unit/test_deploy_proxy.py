@@ -52,8 +52,8 @@ def test_no_answer_becomes_a_retryable_one() -> None:
         b"x-request-id": b"abc",
     }
     error = json.loads(body["body"])["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["code"] == "replica_lost"
+    said = "The replica that ran this request has died; send it again."
+    assert error == {"message": said, "type": "server_error", "param": None, "code": "replica_lost"}
 
 
 def test_broken_stream_ends_with_an_error_event() -> None:
@@ -71,8 +71,11 @@ def test_broken_stream_ends_with_an_error_event() -> None:
         (start([(b"content-type", b"application/json")]), chunk(b"{}", more=False)),
         (start(EVENTS), chunk(b"data: 1", more=True), chunk(b"", more=False)),
         (start([(b"content-type", b"image/png")]), chunk(b"half a picture", more=True)),
+        (start([(b"content-type", b"text/plain")]), chunk(b"half a page", more=True)),
+        (start([]), {"type": "http.response.body", "body": b""}),
+        (start(EVENTS), {"type": "http.response.body", "body": b""}),
     ],
-    ids=["whole", "whole stream", "bytes that broke off"],
+    ids=["whole", "whole stream", "bytes that broke off", "text that broke off", "no type", "a stream of nothing"],
 )
 def test_everything_else_passes_unchanged(messages: tuple[Message, ...]) -> None:
     assert through(*messages) == list(messages)

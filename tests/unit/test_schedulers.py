@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import OutOfRange, RequestError
-from models.solvers.names import REGISTRY, default_name, noise_schedule, supported, warped_timesteps
+from models.solvers.names import REGISTRY, default_name, noise_schedule, supported, takes, warped_timesteps
 
 CONFIG: Any = DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1, clip_sample=False).config
 
@@ -84,6 +84,93 @@ def test_too_many_steps_name_the_field() -> None:
 )
 def test_the_default_is_the_pipelines_own(config: Any, name: str) -> None:
     assert default_name(config) == name
+
+
+def test_no_default_with_options_of_its_own() -> None:
+    """Karras sigmas share their class with the plain solver, whose name is the default's."""
+    assert default_name({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}) == "dpmpp_2m"
+    assert default_name({}) == "ddim"
+
+
+def test_karras_sigmas_are_karras() -> None:
+    plain, karras = (noise_schedule(name, CONFIG, 8).timesteps for name in ("dpmpp_2m", "dpmpp_2m_karras"))
+    assert plain.tolist() != karras.tolist()
+    assert noise_schedule("dpmpp_2m_karras", CONFIG, 8).scheduler.config.use_karras_sigmas
+
+
+CLASSES = {
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_2m_karras": "DPMSolverMultistepScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_schedule_is_its_names_class_with_the_models_config(name: str) -> None:
+    config: Any = DDIMScheduler(num_train_timesteps=500, prediction_type="v_prediction").config
+    scheduler = noise_schedule(name, config, 5).scheduler
+    assert type(scheduler).__name__ == CLASSES[name]
+    assert (scheduler.config.num_train_timesteps, scheduler.config.prediction_type) == (500, "v_prediction")
+
+
+def test_schedules_are_shared_by_runs_that_are_alike_in_everything() -> None:
+    other: Any = dict(CONFIG)
+    first = noise_schedule("ddim", CONFIG, 5, 0.8, 0.5)
+    assert noise_schedule("ddim", CONFIG, 5, 0.8, 0.5) is first
+    others = [
+        noise_schedule("dpmpp_2m", CONFIG, 5, 0.8, 0.5),
+        noise_schedule("ddim", other, 5, 0.8, 0.5),
+        noise_schedule("ddim", CONFIG, 6, 0.8, 0.5),
+        noise_schedule("ddim", CONFIG, 5, 0.6, 0.5),
+        noise_schedule("ddim", CONFIG, 5, 0.8, 2.0),
+    ]
+    assert all(schedule is not first for schedule in others)
+
+
+def test_options_of_a_step() -> None:
+    """Only what the class takes: no extra noise, and a generator where it draws."""
+    assert {name: dict(takes(cls)) for name, (cls, _) in REGISTRY.items()} == {
+        "ddim": {"eta": 0.0, "generator": None},
+        "pndm": {},
+        "euler": {"generator": None},
+        "euler_ancestral": {"generator": None},
+        "dpmpp_2m": {"generator": None},
+        "dpmpp_2m_karras": {"generator": None},
+        "heun": {},
+        "unipc": {},
+        "lcm": {"generator": None},
+    }
+
+
+def test_strength_is_of_the_warped_steps_that_are_left() -> None:
+    """Of 30 leaned steps some coincide; a half is of those that do not."""
+    steps = warped_timesteps(30, 12.0)
+    assert len(steps) < 29
+    schedule = noise_schedule("ddim", CONFIG, 30, strength=0.5, warp=12.0)
+    assert schedule.begin == len(steps) - int(len(steps) * 0.5)
+    assert schedule.timesteps.tolist() == steps[schedule.begin :]
+
+
+def test_a_run_from_part_of_the_way_in_takes_the_solvers_step_there() -> None:
+    schedule, whole = noise_schedule("euler", CONFIG, 10, 0.5), noise_schedule("euler", CONFIG, 10)
+    x, out = torch.ones(1, 1), torch.full((1, 1), 0.3)
+    part, full = schedule.fresh(), whole.fresh()
+    full.set_begin_index(5)
+    wanted = full.step(out, whole.timesteps[5], x).prev_sample
+    assert torch.equal(part.step(out, schedule.timesteps[0], x).prev_sample, wanted)
+
+
+def test_warped_steps_of_another_training_range_and_margin() -> None:
+    assert warped_timesteps(3, 2.0, num_train_timesteps=101, margin=10.0) == [82, 20, 0]  # (t / 110)² · 100
+    assert warped_timesteps(3, 0.5, num_train_timesteps=101, margin=10.0) == [100, 73, 30]  # ((t + 10) / 110)^½ · 100
+    with pytest.raises(OutOfRange, match="timestep_warp: -1 is not above 0"):
+        warped_timesteps(3, -1)
 
 
 counts, gammas = st.integers(1, 200), st.floats(0.05, 20.0)

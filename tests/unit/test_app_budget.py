@@ -1,0 +1,67 @@
+"""What images remember, and who may start: arithmetic of the budget, and of the door of one tick."""
+
+from __future__ import annotations
+
+import pytest
+
+from app.engine.budget import KINDS, Budget
+
+
+@pytest.mark.parametrize(
+    ("limit", "reserved", "needs", "expected"),
+    [
+        (100, 0, [60, 40], "11"),  # exactly all there is
+        (100, 0, [60, 41, 40], "100"),  # one byte too much, and nobody passes who waits
+        (100, 0, [60, 0, 41, 0], "1101"),  # who needs nothing passes even a closed door
+        (100, 99, [1, 1], "10"),
+        (100, 100, [1], "0"),
+        (100, 150, [0, 1], "10"),  # more is held than there is: kinds turned out larger than they were known
+        (100, 0, [101, 1], "10"),
+        (100, 0, [100, 1], "10"),
+        (100, 0, [99, 1, 1], "110"),
+        (100, 0, [0, 101], "11"),  # nobody holds anything yet
+        (100, 50, [51, 10], "00"),
+    ],
+)
+def test_who_may_start_in_one_tick(limit: int, reserved: int, needs: list[int], expected: str) -> None:
+    budget = Budget(limit)
+    budget.reserved = reserved
+    door = budget.door()
+    assert "".join(str(int(door.admit(need))) for need in needs) == expected
+
+
+def test_every_tick_has_a_door_of_its_own() -> None:
+    budget = Budget(100)
+    budget.reserved = 50
+    assert not budget.door().admit(60)
+    assert budget.door().admit(50)
+    budget.reserved = 0
+    assert budget.door().admit(60)
+
+
+def test_a_kind_needs_the_most_that_one_ever_held() -> None:
+    budget = Budget(100)
+    budget.observe("kind", 3)
+    assert budget.need("kind") == 3
+    budget.observe("kind", 9)
+    budget.observe("kind", 5)
+    budget.observe("kind", 0)
+    assert budget.need("kind") == 9
+
+
+def test_kinds_that_hold_nothing_take_no_place() -> None:
+    budget = Budget(100)
+    budget.observe("kind", 1)
+    for number in range(2 * KINDS):
+        budget.observe(number, 0)
+    assert budget.need("kind") == 1
+
+
+def test_the_kind_unseen_for_longest_is_forgotten_first() -> None:
+    budget = Budget(100)
+    for number in range(KINDS):
+        budget.observe(number, number + 1)
+    budget.observe(0, 1)  # seen again, though no larger
+    assert (budget.need(0), budget.need(1), budget.need(KINDS - 1)) == (1, 2, KINDS)
+    budget.observe("new", 7)
+    assert (budget.need(0), budget.need(1), budget.need(2), budget.need("new")) == (1, 0, 3, 7)

@@ -1,0 +1,285 @@
+"""From settings to warm models: what is loaded with what, what the warm-up runs, and how many rows a tick it finds."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import models
+from app.engine import loading
+from app.engine.pace import FIRST_GUESS, Pace
+from app.metrics import Metrics
+from app.settings import Settings
+from models import Backbone
+
+Backbones = Callable[..., Backbone]
+Costs = Callable[[int], float]
+
+
+class Clock:
+    """A time that passes only where it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+
+class Instant:
+    """A network that answers zeros at once; on the clock a forward of n rows takes `cost(n)`, its first one twice."""
+
+    def __init__(self, network: Any, clock: Clock, cost: Costs) -> None:
+        self._network, self._clock, self._cost = network, clock, cost
+        self.rows: list[int] = []
+        self.given: list[dict[str, Tensor]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        """Note the batch, let time pass."""
+        self._clock.now += self._cost(len(x)) * (1 if len(x) in self.rows else 2)
+        self.rows.append(len(x))
+        self.given.append(next(part for part in rest if isinstance(part, dict)))
+        return torch.zeros_like(x)
+
+
+class Watched:
+    """A VAE that notes the latents it decodes."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)
+
+    def decode(self, latents: Tensor, **options: Any) -> Any:
+        """Note the shape, then decode."""
+        self.shapes.append(tuple(latents.shape))
+        return self._vae.decode(latents, **options)
+
+
+Warmed = Callable[..., tuple[Backbone, Instant, Watched]]
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch, backbone_of: Backbones) -> Warmed:
+    """The backbone of a layout whose forwards take what they are told."""
+    clock = Clock(monkeypatch)
+
+    def backbone(layout: str, cost: Costs) -> tuple[Backbone, Instant, Watched]:
+        whole = backbone_of(layout)
+        network, vae = Instant(whole.network, clock, cost), Watched(whole.vae)
+        return replace(whole, network=network, vae=vae), network, vae
+
+    return backbone
+
+
+def settings(*names: str, **options: Any) -> Settings:
+    return Settings(model=names or ("m",), **options)
+
+
+def falling(until: int) -> Costs:
+    """A cost a tick that makes rows cheaper up to a number of them, and 2 % dearer after each doubling beyond."""
+    return lambda rows: 0.001 * until if rows <= until else 0.00102 * rows
+
+
+def by_tick(rows: list[int]) -> list[int]:
+    """The rows of a warm-up's ticks; every number of rows runs WARM_TICKS times."""
+    assert len(rows) % 3 == 0
+    ticks = rows[::3]
+    assert rows == [n for n in ticks for _ in range(3)]
+    return ticks
+
+
+@pytest.mark.parametrize("layout", ["sd", "pixart-alpha", "dit"])
+def test_a_given_number_of_rows_is_warmed_with_one_guided_pair(layout: str, instant: Warmed) -> None:
+    backbone, network, vae = instant(layout, lambda rows: 0.3 * rows)
+    pace = Pace()
+    assert loading.warm_all({"m": backbone}, settings(max_rows=6), Metrics(), pace) == {"m": 6}
+    assert by_tick(network.rows) == [2]
+    assert vae.shapes == [(1, 4, 16, 16)]
+    assert pace.predict([("m", 1)]) == pytest.approx(0.3)  # the fastest of three, not the slow first one
+    if layout == "dit":
+        assert {tuple(given["class_labels"].tolist()) for given in network.given} == {(0, 1000)}
+
+
+def test_each_models_knee_is_its_own(instant: Warmed) -> None:
+    small, small_network, _ = instant("sd", falling(until=4))
+    large, large_network, _ = instant("pixart-alpha", falling(until=16))
+    pace = Pace()
+    caps = loading.warm_all({"small": small, "large": large}, settings("small", "large"), Metrics(), pace)
+    assert caps == {"small": 4, "large": 16}
+    assert by_tick(small_network.rows) == [2, 4, 8, 16, 32, 64, 4]
+    assert by_tick(large_network.rows) == [2, 4, 8, 16, 32, 64, 16]
+    assert pace.predict([("small", 1)]) == pytest.approx(0.001)
+    assert pace.predict([("large", 1)]) == pytest.approx(0.001)
+    assert pace.predict([("m", 1)]) == FIRST_GUESS
+
+
+def test_the_pace_is_that_of_the_cap(instant: Warmed) -> None:
+    """Not of two rows, which cost more each."""
+    backbone, _, _ = instant("sd", lambda rows: 0.01 + 0.001 * rows)
+    pace = Pace()
+    assert loading.warm_all({"m": backbone}, settings(), Metrics(), pace) == {"m": 64}
+    assert pace.predict([("m", 1)]) == pytest.approx((0.01 + 0.064) / 64)
+
+
+def test_unguided_models_are_measured_at_as_many_rows(instant: Warmed) -> None:
+    """A row an image: the ticks have twice the images, not half the rows."""
+    backbone, network, _ = instant("sd", falling(until=8))
+    backbone = replace(backbone, spec=replace(backbone.spec, default_guidance_scale=1.0))
+    assert loading.warm_all({"m": backbone}, settings(), Metrics(), Pace()) == {"m": 8}
+    assert by_tick(network.rows) == [2, 4, 8, 16, 32, 64, 8]
+
+
+def test_measuring_ends_with_the_time_for_it(instant: Warmed) -> None:
+    """Four seconds for three ticks of each number: 0.24 and 0.4 s are spent, the next would take 0.8 s."""
+    backbone, network, _ = instant("sd", {2: 0.24, 4: 0.4}.__getitem__)
+    assert loading.warm_all({"m": backbone}, settings(), Metrics(), Pace()) == {"m": 4}
+    assert by_tick(network.rows) == [2, 4, 4]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_without_memory_for_more_it_serves_one_pair_at_a_time(
+    error: type[Exception], instant: Warmed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[bool] = []
+    monkeypatch.setattr(loading, "release_memory", lambda: released.append(True))
+
+    def cost(rows: int) -> float:
+        if rows > 4:
+            raise error("no room")
+        return 0.02 * rows
+
+    backbone, network, _ = instant("sd", cost)
+    pace = Pace()
+    assert loading.warm_all({"m": backbone}, settings(), Metrics(), pace) == {"m": 2}
+    assert by_tick(network.rows) == [2, 4, 2]
+    assert released == [True]
+    assert pace.predict([("m", 1)]) == pytest.approx(0.02)
+
+
+def test_another_error_of_the_warm_up_stops_the_start(instant: Warmed) -> None:
+    def broken(rows: int) -> float:
+        raise ZeroDivisionError
+
+    backbone, _, _ = instant("sd", broken)
+    with pytest.raises(ZeroDivisionError):
+        loading.warm_all({"m": backbone}, settings(), Metrics(), Pace())
+
+
+@pytest.mark.parametrize(("given", "cap"), [({}, 2), ({"max_rows": 12}, 12)])
+def test_a_model_that_http_cannot_prompt_is_served_unmeasured(
+    given: dict[str, Any], cap: int, instant: Warmed, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone, network, _ = instant("sd", lambda rows: 0.1)
+    silent = replace(backbone, spec=replace(backbone.spec, has_text_encoder=False))
+    with caplog.at_level(logging.WARNING):
+        assert loading.warm_all({"m": silent}, settings(**given), Metrics(), Pace()) == {"m": cap}
+    assert not network.rows
+    assert "m has no text encoder" in caplog.text
+
+
+def test_a_gpu_may_take_more_rows_than_a_cpu() -> None:
+    assert loading.MOST_ROWS == {"cpu": 64, "cuda": 256}
+
+
+def test_the_weights_of_every_model_are_reported(backbone_of: Backbones, student_of: Backbones) -> None:
+    metrics, plain, taught = Metrics(), backbone_of("pixart-alpha"), student_of("sd")
+    loading.warm_all({"plain": plain, "taught": taught}, settings("plain", "taught", max_rows=2), metrics, Pace())
+    found = {
+        (model, part): metrics.registry.get_sample_value(
+            "slipstream_model_weight_bytes", {"model": model, "part": part}
+        )
+        for model in ("plain", "taught")
+        for part in ("base", "adapter")
+    }
+    assert found == {
+        ("plain", "base"): plain.weight_bytes(),
+        ("plain", "adapter"): 0,
+        ("taught", "base"): taught.weight_bytes(),
+        ("taught", "adapter"): taught.adapter_bytes(),
+    }
+    assert taught.adapter_bytes() > 0
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, backbone_of: Backbones) -> list[tuple[str, dict[str, Any]]]:
+    """What was asked of `models.load`, which answers with a small model laid out as it came."""
+    made: list[tuple[str, dict[str, Any]]] = []
+
+    def load(name: str, **options: Any) -> Backbone:
+        made.append((name, options))
+        return replace(backbone_of("sd"), device=torch.device("cpu"))
+
+    monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(Backbone, "channels_last", lambda self: None)
+    monkeypatch.setattr(loading, "keep_freed_memory", lambda: None)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("asked", "fast", "given"),
+    [
+        ("auto", True, "bfloat16"),
+        ("auto", False, "float32"),
+        ("float16", True, "float16"),
+        ("float32", True, "float32"),
+    ],
+)
+def test_auto_is_bfloat16_where_that_is_faster(
+    asked: str, fast: bool, given: str, calls: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "fast_bfloat16", lambda device: fast and device == torch.device("cpu"))
+    loading.load_all(settings(device="cpu", dtype=asked, max_rows=2), Metrics(), Pace())
+    [(_, options)] = calls
+    assert (options["dtype"], options["device"]) == (given, torch.device("cpu"))
+
+
+def test_every_model_gets_its_own_files(calls: list[tuple[str, dict[str, Any]]]) -> None:
+    chosen = settings(
+        "/models/one",
+        "org/two",
+        adapter=("one=/a/first", "two=/a/second"),
+        plan=("two=/p/D3.json", "one=/p/D1.json", "one=/p/D2.json"),
+        depth=("two=4",),
+        compile=True,
+        device="cpu",
+        dtype="float32",
+        max_rows=2,
+    )
+    metrics = Metrics()
+    backbones, caps = loading.load_all(chosen, metrics, Pace())
+    assert list(backbones) == ["one", "two"]
+    assert caps == {"one": 2, "two": 2}
+    common = {"device": torch.device("cpu"), "dtype": "float32", "compile": True}
+    one = {"adapters": {"first": Path("/a/first")}, "plans": {n: Path(f"/p/{n}.json") for n in ("D1", "D2")}}
+    two = {"adapters": {"second": Path("/a/second")}, "plans": {"D3": Path("/p/D3.json")}}
+    assert calls == [("/models/one", one | common | {"depth": None}), ("org/two", two | common | {"depth": 4})]
+    names = [metrics.registry.get_sample_value("slipstream_model_load_duration_seconds", {"model": n}) for n in caps]
+    assert all(seconds is not None and seconds >= 0 for seconds in names)
+
+
+def test_on_a_cpu_convolutions_are_laid_out_and_freed_memory_is_kept(
+    pipeline_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(loading, "keep_freed_memory", lambda: kept.append(True))
+    chosen = settings(str(pipeline_dir("sd")), device="cpu", dtype="float32", max_rows=2)
+    with caplog.at_level(logging.INFO):
+        backbones, _ = loading.load_all(chosen, Metrics(), Pace())
+    weights = [p for p in backbones["sd"].network.module.parameters() if p.ndim == 4 and p.shape[-1] == 3]
+    assert weights
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert kept == [True]
+    assert "loaded sd in" in caplog.text
+    assert "MiB on cpu as torch.float32" in caplog.text

@@ -1,0 +1,128 @@
+"""The figures of an evaluation: likeness and distance by their formulas, and each in its own column."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.accelerators import DeepCache
+from models.quality import metrics, report
+from models.quality.cases import Case
+from models.quality.evaluate import Evaluation, Score
+from models.shapes.shapes import parse_caption, render
+
+CAPTIONS = ["a large red circle on a white background", "a small blue star on a black background"]
+PLAIN = Score(Case("plain", "baseline", 25), 50, 12_900_000_000, 1.0, 0.5, 1.0, None, None, None, None)
+CACHED = Score(
+    Case("deepcache:interval=2", "accelerated", 24, (DeepCache(interval=2),)),
+    48, 7_456_000_000, 1.734, 0.25, 1.384, 46.12, 0.9971, {"colours": 0.5, "all": 0.9219}, 97.004,
+)  # fmt: skip
+CONTROL = Score(
+    Case("14 plain steps", "same_macs", 14, guidance_scale=3.5, of="deepcache:interval=2"),
+    28, 7_220_000_000, 1.785, 0.3, 1.428, 44.44, 0.9012, {"colours": 0.75, "all": 0.25}, 95.826,
+)  # fmt: skip
+SCORES = [PLAIN, CACHED, CONTROL]
+COLOURS = ["red", "lime", "blue"]
+
+
+def evaluation() -> Evaluation:
+    samples = [[Image.new("RGB", (64, 64), colour), Image.new("RGB", (96, 96), "yellow")] for colour in COLOURS]
+    return Evaluation("shapes", 7, CAPTIONS, "cpu", "float32", SCORES, samples)
+
+
+def test_every_figure_stands_in_its_column() -> None:
+    head, _, *lines = report.table(evaluation()).splitlines()
+    assert head == "| run | steps | rows | GMACs | fewer MACs | wall | PSNR | SSIM | alignment | Fréchet |"
+    assert lines == [
+        "| plain | 25 | 50 | 12.9 | 1.00x | 1.00x | – | – | – | – |",
+        "| `deepcache:interval=2` | 24 | 48 | 7.46 | 1.73x | 1.38x | 46.1 | 0.997 | 92.2% | 97.00 |",
+        "| ↳ *14 plain steps* | 14 | 28 | 7.22 | 1.79x | 1.43x | 44.4 | 0.901 | 25.0% | 95.83 |",
+    ]
+
+
+def test_json_has_every_figure_under_its_name() -> None:
+    found = report.as_json(evaluation())
+    runs = found.pop("runs")
+    assert found == {"model": "shapes", "pictures": 7, "device": "cpu", "dtype": "float32"}
+    for run, score in zip(runs, SCORES, strict=True):
+        names = ("rows", "macs", "mac_ratio", "seconds", "speedup", "psnr", "ssim", "alignment", "frechet")
+        assert {name: run[name] for name in names} == {name: getattr(score, name) for name in names}
+        assert (run["label"], run["kind"], run["control_of"]) == (score.case.label, score.case.kind, score.case.of)
+        assert run["num_inference_steps"] == score.case.num_inference_steps
+        assert run["guidance_scale"] == score.case.guidance_scale
+    assert [[one["mode"] for one in run["acceleration"]] for run in runs] == [[], ["deepcache"], []]
+
+
+def test_the_contact_sheet_has_a_run_a_row(tmp_path: Path) -> None:
+    report.contact_sheet(evaluation(), tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as opened:
+        sheet = opened.convert("RGB")
+    assert sheet.size == (250 + 2 * 66, 3 * 66)
+    expected = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    assert [sheet.getpixel((250 + 32, 66 * row + 33)) for row in range(3)] == expected
+    assert [sheet.getpixel((250 + 66 + 63, 66 * row + 64)) for row in range(3)] == [(255, 255, 0)] * 3
+
+
+def noisy(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 12, 3), dtype=np.uint8))
+
+
+def test_psnr_and_ssim_by_their_formulas() -> None:
+    one, other = noisy(1), noisy(2)
+    a, b = (np.asarray(picture, dtype=np.float64) for picture in (one, other))
+    assert metrics.psnr(one, other) == pytest.approx(10 * np.log10(255**2 / ((a - b) ** 2).mean()))
+    x, y = (np.lib.stride_tricks.sliding_window_view(t, (7, 7), axis=(0, 1)) for t in (a, b))
+    axes, unbiased = (-2, -1), 49 / 48
+    mx, my = x.mean(axes), y.mean(axes)
+    vx, vy = x.var(axes) * unbiased, y.var(axes) * unbiased
+    shared = ((x * y).mean(axes) - mx * my) * unbiased
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    index = (2 * mx * my + c1) * (2 * shared + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    assert metrics.ssim(one, other) == pytest.approx(index.mean(), rel=1e-6)
+
+
+def test_likeness_is_never_more_than_a_hundred_decibels() -> None:
+    one = Image.new("RGB", (64, 64), "black")
+    assert metrics.psnr(one, one) == 100.0
+
+
+def test_frechet_distance_of_gaussians_that_lean_differently() -> None:
+    draw = torch.Generator().manual_seed(3)
+    a, b = (
+        torch.randn(50, 4, generator=draw, dtype=torch.float64) @ torch.randn(4, 4, generator=draw).double() + i
+        for i in (0, 2)
+    )
+    first, second = (np.cov(t.numpy(), rowvar=False) for t in (a, b))
+
+    def root(matrix: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+        values, vectors = np.linalg.eigh(matrix)
+        return vectors * np.sqrt(values.clip(min=0)) @ vectors.T  # type: ignore[no-any-return]
+
+    crossed = root(root(first) @ second @ root(first))
+    apart = float(((a.mean(0) - b.mean(0)) ** 2).sum())
+    wanted = apart + np.trace(first) + np.trace(second) - 2 * np.trace(crossed)
+    assert metrics.frechet(a, b) == pytest.approx(wanted)
+    assert metrics.frechet(b, a) == pytest.approx(wanted)
+
+
+def test_each_claim_has_its_share() -> None:
+    pictures = [render(parse_caption(CAPTIONS[0]), random.Random(i)) for i in range(4)]
+    asked = [CAPTIONS[0], CAPTIONS[0].replace("red", "blue"), CAPTIONS[0].replace("white", "black"), CAPTIONS[0]]
+    found = metrics.alignment(pictures, asked)
+    assert found == {"background": 0.75, "colours": 0.75, "shapes": 1.0, "sizes": 1.0, "relation": 1.0, "all": 0.5}
+
+
+def test_the_reference_has_as_many_pictures_of_each_caption() -> None:
+    found = metrics.rendered(CAPTIONS, 5, seed=4)
+    assert len(found) == 6
+    for i, caption in enumerate(CAPTIONS):
+        share = metrics.alignment(found[i::2], [caption] * 3)
+        assert share is not None
+        assert share["all"] == 1.0
+    assert found[0].tobytes() != found[2].tobytes()
+    assert [one.tobytes() for one in metrics.rendered(CAPTIONS, 5, seed=4)] == [one.tobytes() for one in found]
