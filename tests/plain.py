@@ -55,7 +55,8 @@ def _denoise(
     scheduler.set_timesteps(steps)
     noise = randn_tensor((1, unet.config.in_channels, *size), generator, dtype=unet.dtype)
     latents: Tensor = noise * scheduler.init_noise_sigma
-    options = dict(takes(type(scheduler)))
+    kind: type = type(scheduler)
+    options = dict(takes(kind))
     if "generator" in options:
         options["generator"] = generator
     for step, t in enumerate(scheduler.timesteps):
@@ -74,7 +75,7 @@ class _Level:
     """A hook on the output block that closes a level: it sees the hidden state and the skip side by side."""
 
     def __init__(self, unet: Any, level: int, inner: Callable[[int], Inner]) -> None:
-        blocks: list[nn.Module] = [resnet for block in unet.up_blocks for resnet in block.resnets]
+        blocks: list[Any] = [resnet for block in unet.up_blocks for resnet in block.resnets]
         self._block: Any = blocks[len(blocks) - 1 - level]
         self._channels: int = self._block.in_channels - _input_channels(unet)[level]
         self._inner = inner

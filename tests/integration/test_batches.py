@@ -100,7 +100,8 @@ def test_students_between_base_rows_of_a_transformer(layout: str, student_of: Ba
     """Ranges at the rear and at the front, and attentions that are shared and windowed, with and without adapter."""
     backbone = student_of(layout, torch.float64)
     student, rear, front = CfgStudent(), DeltaDiT(interval=2, blocks=3, boundary=9), DeltaDiT(blocks=2, boundary=0)
-    shared = plan(backbone, [["full"] * 6, *[["ast", "wa-rs", "full"] * 2] * 3], guided=False)
+    table: Any = [["full"] * 6, *[["ast", "wa-rs", "full"] * 2] * 3]
+    shared = plan(backbone, table, guided=False)
     requests = [
         wanted(backbone, 1, student, rear),
         wanted(backbone, 2, rear, guidance_scale=1.0),

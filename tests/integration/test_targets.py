@@ -23,7 +23,7 @@ Backbones = Callable[..., Backbone]
 
 def begin(backbone: Backbone, scheduler: str, watched: bool = True) -> Trajectory:
     content = {"class_label": 3} if backbone.spec.layout == "dit" else {"prompt": "a ring"}
-    wanted = Request(**content, num_inference_steps=5, scheduler=scheduler, guidance_scale=2.0)  # type: ignore[arg-type]
+    wanted = Request(**content, num_inference_steps=5, scheduler=scheduler, guidance_scale=2.0)
     [trajectory] = start(backbone, resolve(backbone.spec, backbone.scheduler_config, wanted))
     trajectory.watched = watched
     return trajectory
