@@ -102,18 +102,18 @@ class Tick:
 
     def step(self, predictions: Tensor) -> None:
         """Follow the predictions [rows or trajectories, channels, h, w], and remember those that are wanted again."""
-        states: dict[Trajectory, Tensor] = {}
+        if self._by_table:
+            states = self._step_together(predictions).unbind()
+            for trajectory, state in zip(self._by_table, states, strict=True):
+                trajectory.moved(state)
         for trajectory in self._by_scheduler:
             rows = {role: predictions[i : i + 1] for role, i in self._places[trajectory].items()}
             combined = exact.combine(trajectory, rows)
             self._remember([trajectory], combined)
             if trajectory.watched:
                 trajectory.foreseen = exact.foresee(trajectory, combined)
-            states[trajectory] = exact.step(trajectory, combined)
-        if self._by_table:
-            states |= zip(self._by_table, self._step_together(predictions).unbind(), strict=True)
-        for trajectory, state in states.items():
-            trajectory.moved(state)
+            # A scheduler has moved on once it has stepped, so its trajectory does too before another one may fail.
+            trajectory.moved(exact.step(trajectory, combined))
 
     def _step_together(self, predictions: Tensor) -> Tensor:
         """The next states [trajectories, registers, channels, h, w] of those that go by their tables."""
@@ -125,8 +125,14 @@ class Tick:
             for trajectory, latents in zip(self._by_table, foreseen.unsqueeze(1).unbind(), strict=True):
                 trajectory.foreseen = latents if trajectory.watched else None
         generators = [trajectory.generator for trajectory in self._by_table]
-        noise = batched.draw_noise(self._moves, generators, shape, self._state.dtype, self._state.device)
-        return batched.step(self._state, combined, self._packed, noise)
+        drawn = [(g, g.get_state()) for g, move in zip(generators, self._moves, strict=True) if move.draws]
+        try:
+            noise = batched.draw_noise(self._moves, generators, shape, self._state.dtype, self._state.device)
+            return batched.step(self._state, combined, self._packed, noise)
+        except Exception:
+            for generator, before in drawn:  # so that the same step, tried again, draws the same
+                generator.set_state(before)
+            raise
 
     def _remember(self, trajectories: Sequence[Trajectory], combined: Tensor) -> None:
         """Keep combined predictions [trajectories, channels, h, w] where a later step is foretold from them."""

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from models.plan import Method
 
 from models import Backbone, Plan, Request, advance, generate
 from models.accelerators import DeepCache, DeltaDiT, DepthSkip, DiTFastAttn, SelectiveGuidance
 from models.accelerators.base import Accelerator
 from models.generate import start
 from models.resolve import resolve
+from models.search.attention_plan import Method
 from models.trajectory import Trajectory
 from tests.plain import denoise
 
@@ -59,7 +59,7 @@ def full_steps(backbone: Backbone, accelerators: Sequence[Accelerator], steps: i
     trajectory, plain = (begin(backbone, chosen, steps) for chosen in (accelerators, guidance))
     full, rows = [], []
     while not trajectory.done:
-        plain.latents, plain.step = trajectory.latents, trajectory.step
+        plain.state, plain.step = trajectory.state, trajectory.step
         rows.append(trajectory.num_rows)
         advance(backbone, [trajectory])
         advance(backbone, [plain])

@@ -23,6 +23,9 @@ from models import Backbone, Request, generate, load
 from models.accelerators import DeepCache, DepthSkip
 from models.errors import OutOfRange
 from models.networks.unet import UNet
+from models.reuse.plans import RowPlan
+from models.reuse.rows import Row
+from models.reuse.store import FeatureStore
 from tests.integration.test_parity import inputs, photo, request, same
 from tests.pipelines import LAYOUTS
 from tests.plain import denoise
@@ -249,10 +252,7 @@ def test_the_unconditional_unet_centres_its_input(centred: bool) -> None:
     options: dict[str, Any] = {"norm_num_groups": 4, "attention_head_dim": 4, "center_input_sample": centred, **blocks}
     unet = UNet2DModel(sample_size=8, block_out_channels=(8, 16), **options)
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([7])
-    from models.plan import RowPlan
-    from models.rows import Row
-
-    ours = UNet(unet).forward(x, t, {}, [Row(RowPlan(), "conditional", None)])
+    ours = UNet(unet).forward(x, t, {}, [Row(RowPlan(), "conditional", None)], FeatureStore())
     with torch.inference_mode():
         assert torch.equal(ours, unet(x, t).sample)
 

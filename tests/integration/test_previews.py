@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models.rows import Conditioning, Row
 from torch import Tensor
 
 from models import Backbone
+from models.reuse.rows import Conditioning, Row
 from tests.faked import opened
 from tests.serving import Hook, aio, events, serving
 
@@ -26,7 +26,7 @@ class Oracle(Hook):
         super().__init__(network, lambda _: None)
         self._alphas, self._kind = alphas, kind
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row], *rest: Any) -> Tensor:
         """Predict, in the given kind, what leads to the clean latents."""
         clean = torch.stack([self._clean(row.owner.generator.initial_seed(), x[0]) for row in rows])  # type: ignore[attr-defined]
         signal = self._alphas[t.round().long()].sqrt().view(-1, 1, 1, 1)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models.plan import Method
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from models.accelerators import DiTFastAttn
 from models.errors import ModelLoadError, RequestError, WrongBackbone
 from models.generate import start
 from models.resolve import resolve
+from models.search.attention_plan import Method
 from models.search.attention_search import error
 from models.search.warp_search import HIGHEST, LOWEST, climb
 from tests.serving import hooked

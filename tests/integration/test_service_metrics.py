@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from models.rows import Conditioning, Row
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
@@ -32,6 +31,7 @@ from app.settings import Settings
 from models import Backbone, load, macs
 from models.accelerators import CfgStudent, DeepCache, DeltaDiT
 from models.generate import decode
+from models.reuse.rows import Conditioning, Row
 from tests.pipelines import save_adapter
 from tests.serving import PROMPT, Served, aio, serving, until
 
@@ -76,7 +76,7 @@ class Priced:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row], *rest: Any) -> Tensor:
         """Wait at the gate, then let the time pass."""
         if (gate := self._clock.gate) is not None:
             self._clock.at_gate += 1
@@ -84,7 +84,7 @@ class Priced:
         self._clock.batches.append(len(rows))
         self._clock.now += self._price(len(rows))
         if self._real:
-            out: Tensor = self._network.forward(x, t, conditioning, rows)
+            out: Tensor = self._network.forward(x, t, conditioning, rows, *rest)
             return out
         return torch.zeros_like(x)
 

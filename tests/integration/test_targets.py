@@ -101,8 +101,8 @@ def test_watching_changes_nothing(backbone_of: Backbones) -> None:
 def test_one_number_that_is_none_is_seen(value: float, place: tuple[int, ...], backbone_of: Backbones) -> None:
     trajectory = begin(backbone_of("sd"), "ddim")
     assert trajectory.finite()
-    trajectory.latents = trajectory.latents.clone()
-    trajectory.latents[place] = value
+    trajectory.state = trajectory.state.clone()
+    trajectory.state[place] = value
     assert not trajectory.finite()
-    trajectory.latents = torch.full_like(trajectory.latents, value)
+    trajectory.state = torch.full_like(trajectory.state, value)
     assert not trajectory.finite()

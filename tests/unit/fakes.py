@@ -10,8 +10,6 @@ from itertools import count
 from typing import Any, cast
 
 import torch
-from models.plan import Role, StepRows
-from models.rows import Conditioning, Row
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,13 +22,16 @@ from app.settings import Settings
 from models import Backbone, Request
 from models.request import Run
 from models.resolve import resolve
+from models.reuse.plans import ROLES, Role, StepRows
+from models.reuse.rows import Conditioning, Row
+from models.reuse.store import FeatureStore
 from models.spec import ModelSpec
 from tests.unit.specs import unet_spec
 
 CONFIG: Mapping[str, Any] = {"prediction_type": "sample", "clip_sample": False}
 """A DDIM whose model predicts the clean picture: the last step's latents are the prediction."""
-FEATURE_BYTES = 400
-"""What one row remembers of one feature."""
+FEATURE_BYTES = 8 * 2 * 2 * 4
+"""What one row remembers of one level: eight channels of two by two numbers."""
 
 
 def tiny_spec(**changes: Any) -> ModelSpec:
@@ -63,10 +64,6 @@ class FakeNetwork:
     """No network: rows stay in the order in which they came."""
 
     module = nn.Module()
-
-    def order(self, row: Row) -> tuple[Any, ...]:
-        """Any order will do."""
-        return ()
 
 
 class FakeCounter:
@@ -108,6 +105,9 @@ class FakeBackbone:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.counters = FakeCounters()
+        self.features = FeatureStore()
+        self.stepping = "exact"
+        self.roles = ROLES
         self.before: Callable[[list[int]], object] = lambda seeds: None
         self.before_decode: Callable[[list[int]], object] = lambda seeds: None
         self.ticks: list[list[int]] = []
@@ -120,8 +120,9 @@ class FakeBackbone:
         seeds = [owner.generator.initial_seed() for owner in owners]
         self.before(list(dict.fromkeys(seeds)))
         for row in rows:
-            for key in row.plan.keep:
-                row.keep(key, torch.zeros(1, FEATURE_BYTES // 4))
+            for feature in row.plan.keep:
+                shape = self.spec.sites.shape(feature, *x.shape[2:])
+                self.features.write([(row.memory, (feature, row.plan.step))], torch.zeros(1, *shape))
         self.ticks.append(list(dict.fromkeys(seeds)))
         self.rows.append(len(rows))
         return torch.tensor(seeds, dtype=x.dtype).view(-1, 1, 1, 1).expand_as(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.engine.budget import KINDS, Budget
+from app.engine.budget import Budget
 
 
 @pytest.mark.parametrize(
@@ -37,31 +37,3 @@ def test_every_tick_has_a_door_of_its_own() -> None:
     assert budget.door().admit(50)
     budget.reserved = 0
     assert budget.door().admit(60)
-
-
-def test_a_kind_needs_the_most_that_one_ever_held() -> None:
-    budget = Budget(100)
-    budget.observe("kind", 3)
-    assert budget.need("kind") == 3
-    budget.observe("kind", 9)
-    budget.observe("kind", 5)
-    budget.observe("kind", 0)
-    assert budget.need("kind") == 9
-
-
-def test_kinds_that_hold_nothing_take_no_place() -> None:
-    budget = Budget(100)
-    budget.observe("kind", 1)
-    for number in range(2 * KINDS):
-        budget.observe(number, 0)
-    assert budget.need("kind") == 1
-
-
-def test_the_kind_unseen_for_longest_is_forgotten_first() -> None:
-    budget = Budget(100)
-    for number in range(KINDS):
-        budget.observe(number, number + 1)
-    budget.observe(0, 1)  # seen again, though no larger
-    assert (budget.need(0), budget.need(1), budget.need(KINDS - 1)) == (1, 2, KINDS)
-    budget.observe("new", 7)
-    assert (budget.need(0), budget.need(1), budget.need(2), budget.need("new")) == (1, 0, 3, 7)

@@ -29,25 +29,6 @@ GUIDED: Mapping[str, Any] = {"guidance_scale": 3.0}
 CACHED: Mapping[str, Any] = {"acceleration": DeepCache(interval=2)}
 
 
-@pytest.mark.parametrize(
-    ("changes", "alike"),
-    [
-        ({"seed": 9, "images": 3, "prompt": "another", "steps": 7}, True),
-        ({"guidance_scale": 5.0}, True),
-        ({"guidance_scale": 1.0}, False),
-        ({"acceleration": DeepCache(interval=3)}, False),
-        ({"acceleration": ()}, False),
-        ({"width": 24}, False),
-        ({"model": "other"}, False),
-    ],
-)
-def test_a_kind_is_what_remembers_as_much(changes: dict[str, Any], alike: bool) -> None:
-    plain: dict[str, Any] = {**GUIDED, **CACHED}
-    job, other = make_job(**plain), make_job(**{**plain, **changes})
-    assert (job.kind == other.kind) is alike
-    assert not alike or hash(job.kind) == hash(other.kind)
-
-
 def test_what_is_left_to_do() -> None:
     """Guided on the first half of four steps: rows 2, 2, 1, 1 for each of two images."""
     hand = Hand(max_rows=3)

@@ -13,6 +13,7 @@ import torch
 from app.engine.job import Event, Job, Preview, Progress
 from models.accelerators import DeepCache, DepthSkip, SelectiveGuidance
 from models.errors import OutOfRange
+from models.solvers import exact
 from models.trajectory import Trajectory
 from tests.unit.fakes import FEATURE_BYTES, FakeBackbone, Hand, error_of, grey, greys, tiny_spec
 
@@ -448,15 +449,15 @@ def test_an_image_whose_job_failed_in_another_half_is_not_tried() -> None:
 
 def test_memory_that_ends_behind_the_forward_does_not_repeat_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scheduler's step of the third image has no room, once: the first two have taken theirs."""
-    original, trouble = Trajectory.advance, [3]
+    original, trouble = exact.step, [3]
 
-    def advance(self: Trajectory, *predictions: Any) -> None:
-        if self.generator.initial_seed() in trouble:
+    def step(trajectory: Trajectory, prediction: torch.Tensor) -> torch.Tensor:
+        if trajectory.generator.initial_seed() in trouble:
             trouble.clear()
             raise torch.OutOfMemoryError
-        original(self, *predictions)
+        return original(trajectory, prediction)
 
-    monkeypatch.setattr(Trajectory, "advance", advance)
+    monkeypatch.setattr(exact, "step", step)
     hand = Hand()
     jobs = [hand.add(seed, steps=2, progress=True) for seed in range(1, 6)]
     hand.work()
@@ -485,14 +486,14 @@ def test_the_second_half_fails_without_the_first() -> None:
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_latents_that_are_no_numbers_fail_alone(monkeypatch: pytest.MonkeyPatch, number: float) -> None:
-    original = Trajectory.advance
+    original = Trajectory.moved
 
-    def advance(self: Trajectory, *predictions: Any) -> None:
-        original(self, *predictions)
+    def moved(self: Trajectory, state: torch.Tensor) -> None:
+        original(self, state)
         if self.generator.initial_seed() == 3 and self.done:
             self.latents[..., 0, 0] = number
 
-    monkeypatch.setattr(Trajectory, "advance", advance)
+    monkeypatch.setattr(Trajectory, "moved", moved)
     hand = Hand()
     good, bad, last = hand.add(1), hand.add(2, 3, progress=True, **CACHE), hand.add(7)
     hand.work()

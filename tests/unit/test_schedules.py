@@ -12,8 +12,10 @@ from diffusers import DDIMScheduler
 from models.accelerators import DeepCache, DeltaDiT, SelectiveGuidance
 from models.accelerators.deepcache import nonuniform_steps
 from models.errors import OutOfRange
+from models.networks.sites import blocks as at
 from models.request import Request
 from models.resolve import resolve
+from models.reuse.plans import Recall
 from tests.unit.specs import dit_spec, run_spec, unet_spec
 
 CONFIG = DDIMScheduler().config
@@ -26,9 +28,9 @@ def test_delta_dit_caches_three_quarters_of_the_blocks(depth: int, blocks: int) 
     """Rounded down, whatever the depth; the rear ones first, then the front ones."""
     bound = DeltaDiT().bind(dit_spec(depth), run_spec(8))
     assert (bound.blocks, bound.boundary) == (blocks, 4)
-    ranges = [bound.plan(step, 8).cached for step in range(8)]
-    rear, front = (depth - blocks, depth), (0, blocks)
-    assert ranges == [None, rear, None, rear, None, front, None, front]
+    ranges = [bound.plan(step, 8).reuse for step in range(8)]
+    rear, front = {at(depth - blocks, depth): Recall()}, {at(0, blocks): Recall()}
+    assert ranges == [{}, rear, {}, rear, {}, front, {}, front]
 
 
 def test_one_block_leaves_nothing_to_cache() -> None:
@@ -128,7 +130,7 @@ def test_equal_values_bound_to_two_models_stay_apart() -> None:
     request = Request(prompt="a ring", num_inference_steps=4, acceleration=DeltaDiT(blocks=2, boundary=4))
     for depth in (5, 9):
         [bound] = resolve(dit_spec(depth), CONFIG, request).accelerators
-        assert bound.plan(1, 4).cached == (depth - 2, depth)
+        assert bound.plan(1, 4).reuse == {at(depth - 2, depth): Recall()}
 
 
 def test_deepcache_counts_evaluations_not_steps() -> None:
