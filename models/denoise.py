@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from models.conditioning import stack
 from models.plan import Role
 from models.rows import Row
 from models.trajectory import Trajectory
@@ -24,19 +25,21 @@ def advance(backbone: Backbone, trajectories: Sequence[Trajectory]) -> None:
     """
     predictions = predict(backbone, [(row, trajectory) for trajectory in trajectories for row in trajectory.rows()])
     for trajectory in trajectories:
-        trajectory.advance(predictions[trajectory, "conditional"], predictions.get((trajectory, "unconditional")))
+        trajectory.advance(predictions[trajectory])
 
 
-def predict(backbone: Backbone, rows: Sequence[tuple[Row, Trajectory]]) -> dict[tuple[Trajectory, Role], Tensor]:
+def predict(backbone: Backbone, rows: Sequence[tuple[Row, Trajectory]]) -> dict[Trajectory, dict[Role, Tensor]]:
     """One forward over rows of one group; the prediction [1, channels, h, w] of each trajectory's rows by role."""
     rows = sorted(rows, key=lambda pair: backbone.network.order(pair[0]))
     inputs = {trajectory: trajectory.model_input() for _, trajectory in rows}
     x = torch.cat([inputs[trajectory] for _, trajectory in rows])  # [rows, channels, h, w]
     t = _times([float(trajectory.timestep) for _, trajectory in rows], x.device)
-    parts = [trajectory.conditioning[row.role] for row, trajectory in rows]
-    conditioning = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    conditioning = stack([trajectory.conditioning[row.role] for row, trajectory in rows])
     out = backbone.forward(x, t, conditioning, [row for row, _ in rows])
-    return {(trajectory, row.role): out[i : i + 1] for i, (row, trajectory) in enumerate(rows)}
+    predictions: dict[Trajectory, dict[Role, Tensor]] = {trajectory: {} for _, trajectory in rows}
+    for i, (row, trajectory) in enumerate(rows):
+        predictions[trajectory][row.role] = out[i : i + 1]
+    return predictions
 
 
 def _times(values: list[float], device: torch.device) -> Tensor:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
 from models.backbone import Backbone
 from models.costs.macs import usage
 from models.denoise import advance
+from models.families.vae import to_pictures
 from models.request import Request, Result, Run
 from models.resolve import resolve
 from models.solvers.names import takes
@@ -61,49 +62,69 @@ def take(waiting: deque[Trajectory], max_rows: int) -> list[Trajectory]:
 
 @torch.inference_mode()
 def start(backbone: Backbone, run: Run) -> list[Trajectory]:
-    """The trajectories of a run, one an image, at their first step."""
-    conditioning = backbone.conditioner.of(run)
-    return [_trajectory(backbone, run, i, conditioning) for i in range(len(run.seeds))]
+    """The trajectories of a run, one an image, at their first step. A picture to start from is encoded once."""
+    conditioning = backbone.conditioning(run)
+    kind = backbone.family.group(conditioning)
+    picture = run.request.image
+    encoded = None if picture is None else backbone.posterior(picture)
+    trajectories = []
+    for i, seed in enumerate(run.seeds):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        scheduler = run.schedule.fresh()
+        trajectories.append(
+            Trajectory(
+                latents=_first_latents(backbone, run, i, scheduler, generator, encoded),
+                steps=run.steps,
+                scheduler=scheduler,
+                timesteps=run.schedule.timesteps,
+                conditioning=conditioning,
+                guidance=backbone.family.guidance,
+                scales=run.scales,
+                generator=generator,
+                step_options=takes(scheduler.__class__),
+                kind=kind,
+                lora=backbone.loras[run.adapter] if run.adapter is not None else None,
+            )
+        )
+    return trajectories
 
 
-def _trajectory(backbone: Backbone, run: Run, i: int, conditioning: dict) -> Trajectory:  # type: ignore[type-arg]
-    generator = torch.Generator("cpu").manual_seed(run.seeds[i])
-    scheduler = run.schedule.fresh()
-    return Trajectory(
-        latents=_first_latents(backbone, run, i, scheduler, generator),
-        steps=run.steps,
-        scheduler=scheduler,
-        timesteps=run.schedule.timesteps,
-        conditioning=conditioning,
-        guidance_scale=run.guidance_scale,
-        generator=generator,
-        step_options=takes(scheduler.__class__),
-        lora=backbone.loras[run.adapter] if run.adapter is not None else None,
-    )
-
-
-def _first_latents(backbone: Backbone, run: Run, i: int, scheduler: object, generator: torch.Generator) -> Tensor:
+def _first_latents(
+    backbone: Backbone, run: Run, i: int, scheduler: Any, generator: torch.Generator, encoded: Any
+) -> Tensor:
+    """Noise, or the picture's latents with noise on them, in the order in which diffusers draws the two."""
     scale = backbone.spec.latent_scale
     shape = (1, backbone.spec.latent_channels, run.height // scale, run.width // scale)
-    request, device, dtype = run.request, backbone.device, backbone.dtype
-    encoded = None
-    if request.image is not None:
-        encoded = backbone.encode(request.image, run.width, run.height, generator)
-    if request.latents is not None:
-        noise = request.latents[i : i + 1].to(device, dtype)
+    device, dtype = backbone.device, backbone.dtype
+    clean = None if encoded is None else backbone.draw(encoded, generator)
+    if run.request.latents is not None:
+        noise = run.request.latents[i : i + 1].to(device, dtype)
     else:
         noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-    if encoded is not None:
-        return scheduler.add_noise(encoded, noise, run.schedule.timesteps[:1])  # type: ignore[attr-defined, no-any-return]
-    return noise * scheduler.init_noise_sigma  # type: ignore[attr-defined, no-any-return]
+    if clean is None:
+        return noise * scheduler.init_noise_sigma  # type: ignore[no-any-return]
+    signal, sigma = _mixture(scheduler, run.schedule.timesteps[:1], dtype)
+    return signal * clean + sigma * noise
 
 
-def decode(backbone: Backbone, latents: Sequence[Tensor]) -> list[Image.Image]:
-    """Decode latents [1, channels, h, w] of one shape, of any trajectories, as one batch."""
+def _mixture(scheduler: Any, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `add_noise` weighs samples and noise with at a time [1]: read off it with ones and zeros, on the CPU.
+
+    Given latents on a device, `add_noise` would move the scheduler's tables there, and every step would wait for them.
+    """
+    one, zero = torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)
+    weights = (scheduler.add_noise(*pair, timesteps).reshape(()) for pair in ((one, zero), (zero, one)))
+    signal, sigma = weights
+    return signal, sigma
+
+
+def decode(backbone: Backbone, latents: Sequence[Tensor]) -> Tensor:
+    """Latents [1, channels, h, w] of one shape, of any trajectories, as one batch, to pixels [images, h, w, 3]."""
     return backbone.decode(torch.cat(list(latents)))
 
 
 def finish(backbone: Backbone, run: Run, trajectories: Sequence[Trajectory]) -> Result:
     """Decode the finished trajectories of one run."""
     latents = torch.cat([trajectory.latents for trajectory in trajectories])
-    return Result(backbone.decode(latents), latents, run.seeds, run.accelerators, usage(backbone, run))
+    pictures = to_pictures(backbone.decode(latents))
+    return Result(pictures, latents, run.seeds, run.accelerators, usage(backbone, run))

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 Key = tuple[str, int] | tuple[str, int, int]
 """Names one remembered feature: ("level", b), ("range", start, stop), ("attention", block), ("residual", block)."""
 
-Role = Literal["conditional", "unconditional"]
+Role = str
+"""What a row is for: "conditional", and in guided steps a family's others, which all follow one plan."""
 Method = Literal["full", "ast", "wa-rs", "asc", "wa-rs+asc"]
 """One DiTFastAttn choice for a self-attention: see `models.accelerators.ditfastattn`."""
 RowMethod = Literal["full", "window", "reuse", "twin", "twin-window"]
@@ -74,15 +75,19 @@ class RowPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """The rows of one trajectory in one step: `unconditional` is None where the step is not guided."""
+    """The rows of one trajectory in one step: `unconditional` is None where the step is not guided.
+
+    `guides`: how many rows follow it, one for each role of the family's guidance beside the conditional.
+    """
 
     conditional: RowPlan
     unconditional: RowPlan | None
+    guides: int = 1
 
     @property
     def num_rows(self) -> int:
-        """One, or two where the step is guided."""
-        return 1 if self.unconditional is None else 2
+        """One, and where the step is guided one more for each of its guides."""
+        return 1 if self.unconditional is None else 1 + self.guides
 
     @property
     def reduced(self) -> bool:
@@ -92,7 +97,7 @@ class StepRows:
     def __iter__(self) -> Iterator[RowPlan]:
         yield self.conditional
         if self.unconditional is not None:
-            yield self.unconditional
+            yield from (self.unconditional,) * self.guides
 
 
 def merge(plans: Sequence[StepPlan]) -> StepPlan:
@@ -102,7 +107,9 @@ def merge(plans: Sequence[StepPlan]) -> StepPlan:
 
 
 @lru_cache(maxsize=1024)
-def compile_run(accelerators: tuple[Accelerator, ...], num_steps: int, guided: bool) -> tuple[StepRows, ...]:
+def compile_run(
+    accelerators: tuple[Accelerator, ...], num_steps: int, guided: bool, guides: int = 1
+) -> tuple[StepRows, ...]:
     """Every step of a run as row plans.
 
     A step is one evaluation of the backbone: a two-evaluation scheduler such as Heun has 2n - 1 of them.
@@ -118,7 +125,7 @@ def compile_run(accelerators: tuple[Accelerator, ...], num_steps: int, guided: b
     unconditional = _with_memory(
         [row_plan(plan, "unconditional") if on else None for plan, on in zip(steps, guidance, strict=True)]
     )
-    return tuple(StepRows(c, u) for c, u in zip(conditional, unconditional, strict=True) if c is not None)
+    return tuple(StepRows(c, u, guides) for c, u in zip(conditional, unconditional, strict=True) if c is not None)
 
 
 def _refreshed(plan: StepPlan) -> StepPlan:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from PIL import Image
 from torch import Tensor
 
 from models.accelerators import Accelerator
+from models.costs.usage import Usage
+from models.guidance import Scales
 from models.plan import StepRows
 from models.solvers.names import NoiseSchedule
-
-if TYPE_CHECKING:
-    from models.costs.macs import Usage
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -57,7 +55,10 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A request with every default filled in and every check passed; no tensor has been made yet."""
+    """A request with every default filled in and every check passed; no tensor has been made yet.
+
+    Its request's picture already has the size of the run.
+    """
 
     request: Request
     width: int
@@ -70,6 +71,11 @@ class Run:
     steps: tuple[StepRows, ...]
     seeds: tuple[int, ...]
     adapter: str | None
+
+    @property
+    def scales(self) -> Scales:
+        """How strongly it is guided."""
+        return Scales(self.guidance_scale)
 
     @property
     def guided(self) -> bool:

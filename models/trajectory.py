@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from models.guidance import guided
+from models.guidance import CONDITIONAL, Guidance, Scales
 from models.plan import Role, StepRows
 from models.rows import Conditioning, Memory, Row, memory_bytes
 
@@ -22,7 +22,7 @@ class Trajectory:
     """Latents [1, channels, h, w] on their way, with everything that belongs to them alone.
 
     `steps` says what each evaluation does; `timesteps` are the scheduler's, on the CPU. `group` is equal for
-    trajectories that can share a forward.
+    trajectories that can share a forward: of the same shape, and of one `kind`.
     """
 
     latents: Tensor
@@ -30,19 +30,21 @@ class Trajectory:
     scheduler: Any
     timesteps: Tensor
     conditioning: dict[Role, Conditioning]
-    guidance_scale: float
+    guidance: Guidance
+    scales: Scales
     generator: torch.Generator
     step_options: Mapping[str, Any]
+    kind: Hashable = ()
     lora: Lora | None = None
     step: int = 0
     watched: bool = False  # keep what `preview` needs
     _seen: tuple[Tensor, Tensor, float] | None = None
-    memory: dict[Role, Memory] = field(default_factory=lambda: {"conditional": {}, "unconditional": {}})
+    memory: dict[Role, Memory] = field(init=False)
     group: Hashable = field(init=False)
 
     def __post_init__(self) -> None:
-        shapes = tuple((name, tuple(t.shape)) for name, t in self.conditioning["conditional"].items())
-        self.group = (tuple(self.latents.shape), shapes)
+        self.memory = {role: {} for role in self.guidance.roles}
+        self.group = (tuple(self.latents.shape), self.kind)
 
     @property
     def num_steps(self) -> int:
@@ -72,9 +74,10 @@ class Trajectory:
     def rows(self) -> list[Row]:
         """The rows of the coming step; they write what they remember into this trajectory's memory."""
         plan = self.plan
-        rows = [Row(plan.conditional, "conditional", self, self.memory["conditional"], self.lora)]
+        rows = [Row(plan.conditional, CONDITIONAL, self, self.memory[CONDITIONAL], self.lora)]
         if plan.unconditional is not None:
-            rows.append(Row(plan.unconditional, "unconditional", self, self.memory["unconditional"]))
+            others = (role for role in self.guidance.roles if role != CONDITIONAL)
+            rows += [Row(plan.unconditional, role, self, self.memory[role]) for role in others]
         return rows
 
     def model_input(self) -> Tensor:
@@ -82,19 +85,19 @@ class Trajectory:
         scaled: Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)
         return scaled
 
-    def advance(self, conditional: Tensor, unconditional: Tensor | None) -> None:
-        """Take one scheduler step along the prediction and forget what no later step wants."""
+    def advance(self, predictions: Mapping[Role, Tensor]) -> None:
+        """Take one scheduler step along the rows' predictions and forget what no later step wants."""
         plan = self.plan
-        self.follow(conditional, unconditional)
-        for role, row in (("conditional", plan.conditional), ("unconditional", plan.unconditional)):
+        self.follow(predictions)
+        for role, memory in self.memory.items():
+            row = plan.conditional if role == CONDITIONAL else plan.unconditional
             if row is not None:
-                memory = self.memory[role]  # type: ignore[index]
                 for key in memory.keys() - row.live:
                     del memory[key]
 
-    def follow(self, conditional: Tensor, unconditional: Tensor | None) -> None:
-        """Take one scheduler step along the prediction."""
-        prediction = guided(conditional, unconditional, self.guidance_scale)
+    def follow(self, predictions: Mapping[Role, Tensor]) -> None:
+        """Take one scheduler step along the rows' predictions."""
+        prediction = self.guidance.combine(predictions, self.scales)
         if prediction.shape[1] != self.latents.shape[1]:
             prediction = prediction.chunk(2, dim=1)[0]  # learned variance, which these schedulers do not use
         if self.watched:

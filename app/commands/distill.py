@@ -49,8 +49,8 @@ def distill(
     device: DeviceOption = "auto",
 ) -> None:
     """Distil guidance into a LoRA file that needs one row a step. An interrupted run goes on where it was."""
-    from models.training import distill as train
     from models.errors import SlipstreamError
+    from models.training import distill as train
 
     lines = prompts.read_text().splitlines() if prompts is not None else []
     try:

@@ -19,21 +19,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.adapters.lora import Lora, meta_lora
-from models.backbone import Network
-from models.errors import ModelLoadError
-from models.networks.attention import install
+from models.families import Family, of_network
+from models.networks.base import Network
 from models.networks.groups import AttentionGroups
 from models.networks.transformer import DiT
 from models.networks.unet import UNet, truncate
 from models.plan import Exit, RowPlan, StepRows
 from models.rows import Conditioning, Row
-
-NETWORKS: dict[str, type[UNet] | type[DiT]] = {
-    "UNet2DModel": UNet,
-    "UNet2DConditionModel": UNet,
-    "DiTTransformer2DModel": DiT,
-    "PixArtTransformer2DModel": DiT,
-}
 
 
 class MacCounter:
@@ -46,19 +38,16 @@ class MacCounter:
         text_tokens: int = 77,
         attention_matmuls: bool = True,
         depth: int | None = None,
+        family: Family | None = None,
     ) -> None:
-        """`depth`: of a U-Net loaded in part, the input blocks that were."""
-        name = str(config.get("_class_name"))
-        if name not in NETWORKS:
-            raise ModelLoadError(f"config: {name} is not one of {', '.join(NETWORKS)}")
+        """`depth`: of a U-Net loaded in part, the input blocks that were. `family`: whose network it is, if known."""
+        self._family = of_network(config) if family is None else family
         with torch.device("meta"):
-            module = getattr(diffusers, name).from_config(config)
+            module = getattr(diffusers, self._family.network_class).from_config(config)
         if depth is not None:
             truncate(module, depth)
-        self._config = config
-        self._network = NETWORKS[name](module.eval())
-        if name != "UNet2DModel":
-            install(module, self._network.blocks if isinstance(self._network, DiT) else ())
+        self._config = module.config
+        self._network = self._family.network(module.eval())
         self._size = latent_size
         self._text_tokens = text_tokens
         self._attention_matmuls = attention_matmuls
@@ -124,7 +113,7 @@ class MacCounter:
         return both - self._block(partner.plan, block, None)
 
     def _residual(self, block: int, tokens: int) -> Tensor:
-        attention: Any = self._network.blocks[block].attn1  # type: ignore[union-attr]
+        attention: Any = self._network.blocks[block].attn1  # type: ignore[attr-defined]
         dim = attention.to_q.out_features // attention.heads
         return torch.empty(1, attention.heads, tokens, dim, device="meta")
 
@@ -149,18 +138,9 @@ class MacCounter:
         return self._loras.setdefault(lora, meta_lora(lora))
 
     def _inputs(self, rows: int) -> tuple[Tensor, Tensor, Conditioning]:
-        config = self._config
-        with torch.device("meta"):
-            x = torch.empty(rows, config["in_channels"], *self._size)
-            conditioning: Conditioning = {"class_labels": torch.zeros(rows, dtype=torch.long)}
-            dim = config.get("caption_channels") or config.get("cross_attention_dim")
-            if dim is not None:
-                conditioning["encoder_hidden_states"] = torch.empty(rows, self._text_tokens, dim)
-            if config.get("addition_embed_type") == "text_time":
-                pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-                conditioning |= {"text_embeds": torch.empty(rows, pooled), "time_ids": torch.empty(rows, 6)}
-            conditioning |= {"resolution": torch.empty(rows, 2), "aspect_ratio": torch.empty(rows, 1)}
-            return x, torch.empty(rows), conditioning
+        x = torch.empty(rows, self._config["in_channels"], *self._size, device="meta")
+        conditioning = self._family.dummy(self._config, rows, self._text_tokens)
+        return x, torch.empty(rows, device="meta"), conditioning
 
     def _count(self, forward: Any) -> int:
         hidden: AbstractContextManager[Any] = nullcontext() if self._attention_matmuls else _WithoutAttention()

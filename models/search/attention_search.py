@@ -108,7 +108,7 @@ class _Search:
             "trajectories": len(self.trajectories),
             "steps": first.num_steps,
             "scheduler": type(first.scheduler).__name__,
-            "scale": first.guidance_scale,
+            "scale": first.scales.guidance,
         }
 
     def choose(self) -> tuple[Method, ...]:
@@ -133,10 +133,11 @@ class _Search:
         """Take the step with these methods, remembering everything it computes."""
         predictions = predict(self.backbone, self._rows(methods, keep=True))
         for trajectory in self.trajectories:
-            trajectory.follow(predictions[trajectory, "conditional"], predictions.get((trajectory, "unconditional")))
+            trajectory.follow(predictions[trajectory])
 
     def _output(self, methods: Sequence[Method]) -> Tensor:
-        return torch.cat(list(predict(self.backbone, self._rows(methods, keep=False)).values()))
+        predictions = predict(self.backbone, self._rows(methods, keep=False))
+        return torch.cat([one for rows in predictions.values() for one in rows.values()])
 
     def _rows(self, methods: Sequence[Method], keep: bool) -> list[tuple[Row, Trajectory]]:
         blocks = range(self.backbone.spec.depth)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,9 @@ def test_out_of_memory_halves_the_tick_before_it_fails_anyone(student_of: Model,
 async def test_non_finite_latents_fail_alone(student_of: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Trajectory.advance
 
-    def advance(self: Trajectory, conditional: torch.Tensor, unconditional: torch.Tensor | None) -> None:
-        original(self, conditional, unconditional)
-        if self.guidance_scale == 6.5:
+    def advance(self: Trajectory, predictions: Mapping[str, torch.Tensor]) -> None:
+        original(self, predictions)
+        if self.scales.guidance == 6.5:
             self.latents = self.latents * float("nan")
 
     monkeypatch.setattr(Trajectory, "advance", advance)
