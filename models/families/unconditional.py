@@ -18,7 +18,7 @@ from models.rows import Conditioning
 class Unconditional(Family):
     """diffusers' plain `UNet2DModel`, on pixels."""
 
-    name = "unconditional"
+    name = "unconditioned"
     pipelines = ()
     network_class = "UNet2DModel"
     part = "unet"
