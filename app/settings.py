@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from models.spec import short_name
+
 Names = Annotated[tuple[str, ...], NoDecode]
 """Several values: a repeated flag, or separated by commas in the environment."""
 
@@ -22,10 +24,14 @@ class Settings(BaseSettings):
     )
 
     model: Names = Field(
-        BUNDLED_MODELS, description="Models to serve: bundled name, directory or hub id. First is default."
+        BUNDLED_MODELS,
+        description="Models to serve: bundled name, directory, hub id or .safetensors file. First is default.",
     )
     adapter: Names = Field((), description="Guidance students, MODEL=PATH each, known by the path's last part.")
     plan: Names = Field((), description="DiTFastAttn plans, MODEL=PATH each, known by the file's name.")
+    config: Names = Field(
+        (), description="Configs of single files, MODEL=DIRECTORY each: one in diffusers' layout, of the same family."
+    )
     depth: Names = Field(
         (), description="Depth-skip at loading, MODEL=BLOCKS each: the first input blocks of a U-Net, the rest never."
     )
@@ -69,7 +75,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity logged.")
     log_file: Path | None = Field(None, description="Log into this file instead of standard error.")
 
-    @field_validator("model", "adapter", "plan", "depth", "api_keys", "cors_origins", mode="before")
+    @field_validator("model", "adapter", "plan", "config", "depth", "api_keys", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """Comma separated, as in the environment; a list, as from repeated flags, is taken as it is."""
@@ -81,12 +87,13 @@ class Settings(BaseSettings):
     def _served(self) -> Self:
         if not self.model:
             raise ValueError("model: name at least one")
-        names = {Path(model).name for model in self.model}
+        names = {short_name(model) for model in self.model}
         if len(names) != len(self.model):
             raise ValueError("model: two models of the same name")
         for field, values, kind in (
             ("adapter", self.adapter, "PATH"),
             ("plan", self.plan, "PATH"),
+            ("config", self.config, "DIRECTORY"),
             ("depth", self.depth, "BLOCKS"),
         ):
             for value in values:
@@ -100,6 +107,11 @@ class Settings(BaseSettings):
         """How many input blocks to load of one model; None: all."""
         pairs = dict(value.split("=", 1) for value in self.depth)
         return int(pairs[model]) if model in pairs else None
+
+    def config_of(self, model: str) -> Path | None:
+        """Where the configs of one model lie that is a single file."""
+        pairs = dict(value.split("=", 1) for value in self.config)
+        return Path(pairs[model]) if model in pairs else None
 
     def files(self, field: Literal["adapter", "plan"], model: str) -> dict[str, Path]:
         """The adapters or plans given for one model, by name."""

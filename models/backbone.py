@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor, nn
 
 from models.adapters.lora import Lora
-from models.families.conditioning import Conditioner
-from models.reuse.plans import ROLES, Role
+from models.families.base import Family, Parts
+from models.families.vae import posterior
+from models.networks.base import Network
+from models.request import Run
+from models.reuse.plans import Role
 from models.reuse.rows import Conditioning, Row
-from models.reuse.sites import Sites
 from models.reuse.store import FeatureStore
 from models.spec import ModelSpec
 
@@ -27,43 +28,30 @@ Stepping = Literal["exact", "batched"]
 """Schedulers take their own steps, one trajectory at a time; or all of a tick step together, by tables of theirs."""
 
 
-class Network(Protocol):
-    """The denoising network: serves rows with different plans in one forward."""
-
-    module: nn.Module
-    reusable: Sequence[nn.Module]
-    """The attentions that are sites."""
-
-    @property
-    def sites(self) -> Sites:
-        """What the network declares of itself."""
-
-    @property
-    def depth(self) -> int:
-        """U-Net: input blocks; DiT: transformer blocks."""
-
-    def forward(
-        self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row], store: FeatureStore
-    ) -> Tensor:
-        """Predict for rows in the order given: x [rows, channels, h, w], t [rows]; the store takes what they keep."""
-
-
 @dataclass(frozen=True, eq=False)
 class Backbone:
     """One model on one device. Read-only once loaded, but for what is kept between forwards: the features that running
     trajectories remember, in slots that are theirs, and caches."""
 
     spec: ModelSpec
+    family: Family
     network: Network
-    conditioner: Conditioner
-    vae: Any
+    parts: Parts
     scheduler_config: Mapping[str, Any]
     loras: Mapping[str, Lora]
-    device: torch.device
-    dtype: torch.dtype
     stepping: Stepping = "exact"
     features: FeatureStore = field(default_factory=FeatureStore, repr=False)
     counters: dict[tuple[int, int, int], MacCounter] = field(default_factory=dict, repr=False)  # latent size, prompt
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.parts.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.parts.dtype
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]) -> Tensor:
         """One forward of the network over rows in any order; predictions come in the same."""
@@ -77,50 +65,46 @@ class Backbone:
     @property
     def roles(self) -> tuple[Role, ...]:
         """The rows of a guided step in the order in which diffusers' pipeline batches them."""
-        return ROLES if self.spec.layout == "dit" else ROLES[::-1]
+        return self.family.guidance.roles
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Latents [images, channels, h, w] to pictures; this waits for the device."""
-        config = self.vae.config
-        latents = latents.to(self.vae.dtype)  # before they are scaled, as SDXL's pipeline does
-        if getattr(config, "latents_mean", None) is not None and self.spec.layout == "sdxl":
-            mean, std = (
-                torch.tensor(v).view(1, -1, 1, 1).to(latents.device, latents.dtype)
-                for v in (config.latents_mean, config.latents_std)
-            )
-            latents = latents * std / config.scaling_factor + mean
-        elif self.spec.layout == "dit":
-            latents = 1 / config.scaling_factor * latents
-        else:
-            latents = latents / config.scaling_factor
-        pixels = self.vae.decode(latents, return_dict=False)[0]
-        images: list[Image.Image] = self._processor.postprocess(pixels, output_type="pil")
-        return images
+    def prepare(self, runs: Sequence[Run]) -> None:
+        """Encode the prompts of several runs as one batch, so that `conditioning` finds them."""
+        texts = [text for run in runs for text in self.family.prompts(self.parts, run)]
+        if texts:
+            self.family.encode(self.parts, texts)
 
     @torch.inference_mode()
-    def encode(self, image: Image.Image, width: int, height: int, generator: torch.Generator) -> Tensor:
-        """A picture, resized to width x height pixels, to scaled latents [1, channels, h, w] drawn with `generator`."""
-        pixels = self._processor.preprocess(image, height=height, width=width).to(self.device, self.vae.dtype)
-        latents: Tensor = self.vae.encode(pixels).latent_dist.sample(generator).to(self.dtype)
-        config = self.vae.config
-        if getattr(config, "latents_mean", None) is not None and self.spec.layout == "sdxl":
-            mean, std = (
-                torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std)
-            )
-            return (latents - mean) * config.scaling_factor / std  # type: ignore[no-any-return]
-        return config.scaling_factor * latents  # type: ignore[no-any-return]
+    def conditioning(self, run: Run) -> dict[Role, Conditioning]:
+        """What the rows of a run are conditioned on by role, of [1, ...] tensors."""
+        return self.family.conditioning(self.parts, run)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [images, channels, h, w] to pixels [images, height, width, 3] as bytes on the CPU; this waits."""
+        return self.family.decode(self.parts, latents).cpu()
+
+    @torch.inference_mode()
+    def posterior(self, picture: Image.Image) -> Any:
+        """A picture of a run's size to the distribution that `draw` draws its latents from."""
+        return posterior(self.parts.vae, picture, self.device)
+
+    @torch.inference_mode()
+    def draw(self, posterior: Any, generator: torch.Generator) -> Tensor:
+        """The network's latents [1, channels, h, w] of a picture, drawn with `generator`."""
+        drawn = posterior.sample(generator).to(self.dtype)
+        return self.family.from_vae(drawn, self.parts.vae.config)
 
     def channels_last(self) -> None:
         """Lay the weights of convolutions out as [out, h, w, in], which a CPU convolves faster."""
-        for module in (self.network.module, self.vae):
+        for module in (self.network.module, self.parts.vae):
             for part in module.modules():
                 if isinstance(part, nn.Conv2d):
                     part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def weight_bytes(self) -> int:
         """Bytes of the base weights: network, text encoders and VAE."""
-        modules = (self.network.module, self.vae, *self.conditioner.modules())
+        modules = (self.network.module, self.parts.vae, *self.parts.encoders())
         return sum(p.nbytes for module in modules for p in module.parameters())
 
     def adapter_bytes(self) -> int:
@@ -128,5 +112,10 @@ class Backbone:
         return sum(lora.nbytes for lora in self.loras.values())
 
     @property
-    def _processor(self) -> VaeImageProcessor:
-        return VaeImageProcessor(vae_scale_factor=self.spec.latent_scale)
+    def prompt_cache_bytes(self) -> int:
+        """Bytes of the encoded prompts that are kept."""
+        return self.parts.prompts.nbytes
+
+    def release(self) -> None:
+        """Forget what can be made again, for when the device has no memory left."""
+        self.parts.prompts.release()

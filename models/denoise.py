@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from models.conditioning import stack
 from models.device import upload
-from models.guidance import guidance_weights
+from models.guidance import CONDITIONAL
 from models.reuse.plans import Role
 from models.reuse.rows import Row
 from models.reuse.sites import OUTPUT, Feature
@@ -38,11 +39,13 @@ def advance(backbone: Backbone, trajectories: Sequence[Trajectory]) -> None:
     backbone.features.trim()
 
 
-def predict(backbone: Backbone, rows: Sequence[Pair]) -> dict[tuple[Trajectory, Role], Tensor]:
+def predict(backbone: Backbone, rows: Sequence[Pair]) -> dict[Trajectory, dict[Role, Tensor]]:
     """One forward over rows of one group; the prediction [1, channels, h, w] of each trajectory's rows by role."""
     tick = Tick(backbone, list(dict.fromkeys(trajectory for _, trajectory in rows)), rows)
     out = tick.forward()
-    return {(trajectory, row.role): out[i : i + 1] for i, (row, trajectory) in enumerate(tick.rows)}
+    return {
+        trajectory: {role: out[i : i + 1] for role, i in tick.places[trajectory].items()} for trajectory in tick.places
+    }
 
 
 class Tick:
@@ -56,11 +59,11 @@ class Tick:
         self.backbone = backbone
         self.trajectories = trajectories
         self.rows = [pair for role in backbone.roles for pair in rows if pair[0].role == role]
-        self._places: dict[Trajectory, dict[Role, int]] = {}
+        self.places: dict[Trajectory, dict[Role, int]] = {}
         for i, (row, trajectory) in enumerate(self.rows):
-            self._places.setdefault(trajectory, {})[row.role] = i
+            self.places.setdefault(trajectory, {})[row.role] = i
         for i, trajectory in enumerate(trajectories):
-            self._places.setdefault(trajectory, {"conditional": i})
+            self.places.setdefault(trajectory, {CONDITIONAL: i})
         self._by_scheduler = [t for t in trajectories if t.table is None]
         self._by_table = [t for t in trajectories if t.table is not None]
         if self._by_table:
@@ -71,8 +74,8 @@ class Tick:
 
     def _move(self, trajectory: Trajectory) -> batched.Move:
         assert trajectory.table is not None  # noqa: S101
-        places = self._places[trajectory]
-        weights = guidance_weights(trajectory.guidance_scale) if len(places) > 1 else {"conditional": 1.0}
+        places = self.places[trajectory]
+        weights = trajectory.guidance.weights(trajectory.scales) if len(places) > 1 else {CONDITIONAL: 1.0}
         rows = tuple((place, weights[role]) for role, place in places.items())
         return batched.Move(trajectory.table, trajectory.step, rows, len(trajectory.state))
 
@@ -80,8 +83,7 @@ class Tick:
         """One forward of the network: predictions [rows, channels, h, w], in the order of `rows`."""
         x = self._inputs()
         t = upload([trajectory.time for _, trajectory in self.rows], x.device)
-        parts = [trajectory.conditioning[row.role] for row, trajectory in self.rows]
-        conditioning = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        conditioning = stack([trajectory.conditioning[row.role] for row, trajectory in self.rows])
         return self.backbone.forward(x, t, conditioning, [row for row, _ in self.rows])
 
     def _inputs(self) -> Tensor:
@@ -107,7 +109,7 @@ class Tick:
             for trajectory, state in zip(self._by_table, states, strict=True):
                 trajectory.moved(state)
         for trajectory in self._by_scheduler:
-            rows = {role: predictions[i : i + 1] for role, i in self._places[trajectory].items()}
+            rows = {role: predictions[i : i + 1] for role, i in self.places[trajectory].items()}
             combined = exact.combine(trajectory, rows)
             self._remember([trajectory], combined)
             if trajectory.watched:

@@ -74,6 +74,11 @@ def fast_bfloat16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported()) and _matmul_ratio() < 0.9
 
 
+def auto_dtype(device: torch.device) -> torch.dtype:
+    """What `dtype="auto"` is on a device: bfloat16 where that is faster, else float32."""
+    return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+
+
 @cache
 def _matmul_ratio() -> float:
     """The time of a matrix product in bfloat16 over that in float32, the best of ten in turns: about 0.2 s, once."""

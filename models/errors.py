@@ -44,3 +44,7 @@ class PlanMismatch(RequestError):
 
 class NonFiniteLatents(SlipstreamError):
     """The denoising of one trajectory ended in NaN or infinity."""
+
+
+class MixedConditioning(SlipstreamError):
+    """Rows of one forward of which only some are conditioned on something."""

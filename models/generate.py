@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
 from models.backbone import Backbone
 from models.costs.macs import usage
 from models.denoise import advance
+from models.families.vae import to_pictures
 from models.request import Request, Result, Run
 from models.resolve import resolve
 from models.solvers.batched import first_state
@@ -64,28 +64,35 @@ def take(waiting: deque[Trajectory], max_rows: int) -> list[Trajectory]:
 
 @torch.inference_mode()
 def start(backbone: Backbone, run: Run) -> list[Trajectory]:
-    """The trajectories of a run, one an image, at their first step."""
-    conditioning = backbone.conditioner.of(run)
-    return [_trajectory(backbone, run, i, conditioning) for i in range(len(run.seeds))]
-
-
-def _trajectory(backbone: Backbone, run: Run, i: int, conditioning: dict) -> Trajectory:  # type: ignore[type-arg]
-    generator = torch.Generator("cpu").manual_seed(run.seeds[i])
-    scheduler, solver = run.schedule.fresh(), table_for(backbone, run)
-    latents = _first_latents(backbone, run, i, scheduler, solver, generator)
-    return Trajectory(
-        state=latents if solver is None else first_state(latents, solver.registers),
-        steps=run.steps,
-        scheduler=scheduler,
-        timesteps=run.schedule.timesteps,
-        times=run.schedule.times,
-        conditioning=conditioning,
-        guidance_scale=run.guidance_scale,
-        generator=generator,
-        step_options=takes(scheduler.__class__),
-        table=solver,
-        lora=backbone.loras[run.adapter] if run.adapter is not None else None,
-    )
+    """The trajectories of a run, one an image, at their first step. A picture to start from is encoded once."""
+    conditioning = backbone.conditioning(run)
+    kind = backbone.family.group(conditioning)
+    picture = run.request.image
+    encoded = None if picture is None else backbone.posterior(picture)
+    solver = table_for(backbone, run)
+    trajectories = []
+    for i, seed in enumerate(run.seeds):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        scheduler = run.schedule.fresh()
+        latents = _first_latents(backbone, run, i, scheduler, solver, generator, encoded)
+        trajectories.append(
+            Trajectory(
+                state=latents if solver is None else first_state(latents, solver.registers),
+                steps=run.steps,
+                scheduler=scheduler,
+                timesteps=run.schedule.timesteps,
+                times=run.schedule.times,
+                table=solver,
+                conditioning=conditioning,
+                guidance=backbone.family.guidance,
+                scales=run.scales,
+                generator=generator,
+                step_options=takes(scheduler.__class__),
+                kind=kind,
+                lora=backbone.loras[run.adapter] if run.adapter is not None else None,
+            )
+        )
+    return trajectories
 
 
 def table_for(backbone: Backbone, run: Run) -> Table | None:
@@ -99,34 +106,44 @@ def table_for(backbone: Backbone, run: Run) -> Table | None:
 
 
 def _first_latents(
-    backbone: Backbone, run: Run, i: int, scheduler: Any, solver: Table | None, generator: torch.Generator
+    backbone: Backbone, run: Run, i: int, scheduler: Any, solver: Table | None, generator: torch.Generator, encoded: Any
 ) -> Tensor:
-    """Noise, or a picture with noise on it, [1, channels, h, w]: in float32 where a table is followed."""
+    """Noise, or the picture's latents with noise on them, in the order in which diffusers draws the two.
+
+    [1, channels, h, w]: in float32 at least where a table is followed.
+    """
     scale = backbone.spec.latent_scale
     shape = (1, backbone.spec.latent_channels, run.height // scale, run.width // scale)
-    request, device = run.request, backbone.device
-    dtype = backbone.dtype if solver is None else backbone.latent_dtype
-    encoded = None
-    if request.image is not None:
-        encoded = backbone.encode(request.image, run.width, run.height, generator)
-    if request.latents is not None:
-        noise = request.latents[i : i + 1].to(device, dtype)
+    device, dtype = backbone.device, backbone.dtype if solver is None else backbone.latent_dtype
+    clean = None if encoded is None else backbone.draw(encoded, generator).to(dtype)
+    if run.request.latents is not None:
+        noise = run.request.latents[i : i + 1].to(device, dtype)
     else:
         noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-    if encoded is not None:
-        if solver is not None:
-            kept, added = solver.add_noise
-            return kept * encoded.to(dtype) + added * noise
-        return scheduler.add_noise(encoded, noise, run.schedule.timesteps[:1])  # type: ignore[no-any-return]
-    return noise * scheduler.init_noise_sigma  # type: ignore[no-any-return]
+    if clean is None:
+        return noise * scheduler.init_noise_sigma  # type: ignore[no-any-return]
+    signal, sigma = _mixture(scheduler, run.schedule.timesteps[:1], dtype) if solver is None else solver.add_noise
+    return signal * clean + sigma * noise
 
 
-def decode(backbone: Backbone, latents: Sequence[Tensor]) -> list[Image.Image]:
-    """Decode latents [1, channels, h, w] of one shape, of any trajectories, as one batch."""
+def _mixture(scheduler: Any, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `add_noise` weighs samples and noise with at a time [1]: read off it with ones and zeros, on the CPU.
+
+    Given latents on a device, `add_noise` would move the scheduler's tables there, and every step would wait for them.
+    """
+    one, zero = torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)
+    weights = (scheduler.add_noise(*pair, timesteps).reshape(()) for pair in ((one, zero), (zero, one)))
+    signal, sigma = weights
+    return signal, sigma
+
+
+def decode(backbone: Backbone, latents: Sequence[Tensor]) -> Tensor:
+    """Latents [1, channels, h, w] of one shape, of any trajectories, as one batch, to pixels [images, h, w, 3]."""
     return backbone.decode(torch.cat(list(latents)))
 
 
 def finish(backbone: Backbone, run: Run, trajectories: Sequence[Trajectory]) -> Result:
     """Decode the finished trajectories of one run."""
     latents = torch.cat([trajectory.latents for trajectory in trajectories])
-    return Result(backbone.decode(latents), latents, run.seeds, run.accelerators, usage(backbone, run))
+    pictures = to_pictures(backbone.decode(latents))
+    return Result(pictures, latents, run.seeds, run.accelerators, usage(backbone, run))

@@ -1,8 +1,69 @@
-"""Classifier-free guidance (Ho & Salimans, 2022)."""
+"""Guidance: which rows a guided step has, and how their predictions become one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from models.reuse.plans import Role
+
+CONDITIONAL: Role = "conditional"
+"""The row that every step has; alone it is a step without guidance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """How strongly a request is guided: by what it asks for and, where a family edits a picture, by that picture."""
+
+    guidance: float = 1.0
+    image: float = 1.0
+
+
+class Guidance(Protocol):
+    """The guidance of a family. `roles` are the rows of a guided step in the order in which diffusers batches them."""
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """One role: the family has no guidance of this kind."""
+
+    def weights(self, scales: Scales) -> dict[Role, float]:
+        """What each role's prediction counts in a guided step; all of them add up to one."""
+
+    def combine(self, predictions: Mapping[Role, Tensor], scales: Scales) -> Tensor:
+        """The same in diffusers' own order of operations, for bitwise equality; a conditional one alone stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierFree:
+    """Classifier-free guidance (Ho & Salimans, 2022) of two rows."""
+
+    roles: tuple[Role, ...] = ("unconditional", CONDITIONAL)
+
+    def weights(self, scales: Scales) -> dict[Role, float]:
+        """See `Guidance`."""
+        return {"unconditional": 1.0 - scales.guidance, CONDITIONAL: scales.guidance}
+
+    def combine(self, predictions: Mapping[Role, Tensor], scales: Scales) -> Tensor:
+        """See `Guidance`."""
+        return guided(predictions[CONDITIONAL], predictions.get("unconditional"), scales.guidance)
+
+
+@dataclass(frozen=True, slots=True)
+class Unguided:
+    """One row a step: the network has no guidance, or takes its scale as an input."""
+
+    roles: tuple[Role, ...] = (CONDITIONAL,)
+
+    def weights(self, scales: Scales) -> dict[Role, float]:
+        """See `Guidance`."""
+        return {CONDITIONAL: 1.0}
+
+    def combine(self, predictions: Mapping[Role, Tensor], scales: Scales) -> Tensor:
+        """See `Guidance`."""
+        return predictions[CONDITIONAL]
 
 
 def guided(conditional: Tensor, unconditional: Tensor | None, scale: float) -> Tensor:
@@ -10,8 +71,3 @@ def guided(conditional: Tensor, unconditional: Tensor | None, scale: float) -> T
     if unconditional is None:
         return conditional
     return unconditional + scale * (conditional - unconditional)
-
-
-def guidance_weights(scale: float) -> dict[Role, float]:
-    """The same combination as weights of the two predictions."""
-    return {"conditional": scale, "unconditional": 1.0 - scale}

@@ -1,47 +1,34 @@
-"""Loading a bundled name, a directory or a hub id in diffusers' layout: safetensors only, no code from a file."""
+"""Loading a bundled name, a directory, a hub id or one safetensors file: no pickle, no code from a file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from models.adapters.lora import load_lora
-from models.backbone import Backbone, Network, Stepping
-from models.device import find_device
+from models.backbone import Backbone, Stepping
+from models.device import auto_dtype, find_device
 from models.errors import ModelLoadError
-from models.families.conditioning import Conditioner
-from models.networks.attention import install
-from models.networks.transformer import DiT
+from models.families import Family, Parts, of_pipeline
+from models.networks.base import Network
 from models.networks.unet import UNet, truncate
 from models.search.attention_plan import Plan
 from models.solvers.names import default_name, supported
-from models.spec import Layout, ModelSpec
+from models.spec import ModelSpec, short_name
 
 BUNDLED = Path(__file__).parent / "bundled"
-
-LAYOUTS: dict[str, Layout] = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionImg2ImgPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-    "DiTPipeline": "dit",
-    "PixArtAlphaPipeline": "pixart",
-    "PixArtSigmaPipeline": "pixart",
-}
-"""Pipeline classes that can be served. A family is added by a file beside this and a line here."""
-
-_TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-"""Parts that a directory may leave out: requests then bring their embeddings along."""
 
 
 def load(
@@ -52,59 +39,74 @@ def load(
     depth: int | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     plans: Mapping[str, str | Path | Plan] | None = None,
+    config: str | Path | None = None,
     compile: bool = False,
     stepping: Stepping | Literal["auto"] = "auto",
 ) -> Backbone:
-    """Load a model: a bundled name, a directory, or a hub id.
+    """Load a model: a bundled name, a directory in diffusers' layout, a hub id, or one `.safetensors` file.
 
     `depth` loads only the first input blocks of a U-Net and their output blocks (depth-skip as a load option): what
     lies deeper never reaches memory, and students beside the model, distilled from all of it, stay where they are.
     `adapters` and `plans` add to those found beside the model, by name.
     `stepping`: `exact` lets diffusers' schedulers take their own steps, bit for bit its pipelines; `batched` steps all
     trajectories of a tick together, latents in float32; `auto` is exact on a CPU in float32 and above, else batched.
+    `config`, for a single file: a directory in diffusers' layout with the configs and tokenizers of its family.
     `compile` compiles the repeated blocks (torch.compile, any batch size); what differs by row stays out of the graphs.
-    Raises `ModelLoadError` where the files are not a servable model.
+    Raises `ModelLoadError` where the files are not a servable model, with the config key that is not implemented.
     """
-    directory = _locate(name)
+    source = _locate(name, config)
     device = find_device(device)
     dtype = _dtype(dtype, device)
-    index = _json(directory / "model_index.json")
-    layout = LAYOUTS.get(str(index.get("_class_name")))
-    if layout is None:
-        raise ModelLoadError(f"{name}: {index.get('_class_name')} is not one of {', '.join(LAYOUTS)}")
-    part = "unet" if layout in ("sd", "sdxl") else "transformer"
-    config = _json(directory / part / "config.json")
-    overrides: dict[str, Any] = {n: None for n in _TEXT_PARTS if n in index and not (directory / n).is_dir()}
-    if layout == "sd":
-        overrides |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    index = _json(source.directory / "model_index.json")
+    family = _family(name, index)
+    known = _json(source.directory / family.part / "config.json")
+    family.check(index, known)
+    overrides: dict[str, Any] = dict(family.unused)
+    overrides |= {n: None for n in family.optional if n in index and not (source.directory / n).is_dir()}
     if depth is not None:
-        overrides["unet"] = _truncated_unet(directory / "unet", config, depth, layout, dtype)
-    pipeline = _read(directory, str(index["_class_name"]), dtype, overrides).to(device)
-    module = getattr(pipeline, part).eval()
+        overrides[family.part] = _in_part(family, source, known, depth, dtype)
+    pipeline = _read(family, source, str(index["_class_name"]), dtype, overrides).to(device)
+    module = getattr(pipeline, family.part).eval()
     module.requires_grad_(False)
-    network = cast(Network, UNet(module) if part == "unet" else DiT(module))
-    install(module, network.reusable)
+    family.check_latents(module.config, pipeline.vae.config.latent_channels)
+    network = family.network(module)
     if compile:
         _compile_blocks(module)
     if getattr(pipeline.vae.config, "force_upcast", False) and dtype == torch.float16:
         pipeline.vae.to(torch.float32)
-    extras = _extras(directory)
-    digest = config_hash(config)
-    students = {**(_found(directory, "adapters") if depth is None else {}), **(adapters or {})}
+    extras = _extras(source.directory)
+    digest = config_hash(known)
+    students = {**(_found(source.directory, "adapters") if depth is None else {}), **(adapters or {})}
     loras = {n: load_lora(p, module, digest, n) for n, p in students.items()}
-    files = {**_found(directory, "plans", ".json"), **(plans or {})}
+    files = {**_found(source.directory, "plans", ".json"), **(plans or {})}
     how: Stepping = stepping if stepping != "auto" else auto_stepping(device, dtype)
-    spec = _spec(Path(name).name, layout, config, digest, network, pipeline, extras, dtype, how).with_extras(
+    spec = _spec(short_name(name), family, digest, network, pipeline, extras, dtype, how).with_extras(
         {n: lora.info for n, lora in loras.items()},
         {n: p if isinstance(p, Plan) else Plan.load(p) for n, p in files.items()},
     )
-    conditioner = Conditioner(pipeline, layout, dtype, device, extras.get("max_sequence_length"))
-    return Backbone(spec, network, conditioner, pipeline.vae, pipeline.scheduler.config, loras, device, dtype, how)
+    text_tokens = extras.get("max_sequence_length") or family.text_tokens(pipeline)
+    parts = Parts(pipeline, module.config, device, dtype, text_tokens)
+    return Backbone(spec, family, network, parts, pipeline.scheduler.config, loras, how)
 
 
 def auto_stepping(device: torch.device, dtype: torch.dtype) -> Stepping:
     """Exact where bitwise parity is promised, batched where launches and half precision make it the better one."""
     return "exact" if device.type == "cpu" and dtype in (torch.float32, torch.float64) else "batched"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model lies: a directory in diffusers' layout, and the file that has its weights where that is one."""
+
+    directory: Path
+    file: Path | None = None
+
+
+def _family(name: str, index: Mapping[str, Any]) -> Family:
+    try:
+        return of_pipeline(str(index.get("_class_name")))
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{name}: {error}") from None
 
 
 def _compile_blocks(network: torch.nn.Module) -> None:
@@ -120,38 +122,70 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _locate(name: str) -> Path:
+def _locate(name: str, config: str | Path | None) -> _Source:
+    if Path(name).suffix == ".safetensors":
+        return _single_file(Path(name), config)
+    if config is not None:
+        raise ModelLoadError(f"{name}: a config directory is for a single .safetensors file; this has its own")
     if (BUNDLED / name / "model_index.json").is_file():
-        return BUNDLED / name
+        return _Source(BUNDLED / name)
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():
             raise ModelLoadError(f"{name}: no model_index.json, this is not a directory in diffusers' layout")
-        return Path(name)
+        return _Source(Path(name))
     try:
         patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return _Source(Path(snapshot_download(name, allow_patterns=patterns)))
     except Exception as error:
         raise ModelLoadError(f"{name}: no bundled model, no directory, and the hub says: {error}") from error
 
 
-def _read(directory: Path, class_name: str, dtype: torch.dtype, overrides: Mapping[str, Any]) -> Any:
-    cls: type[DiffusionPipeline] = getattr(diffusers, class_name)
+def _single_file(file: Path, config: str | Path | None) -> _Source:
+    if not file.is_file():
+        raise ModelLoadError(f"{file}: no such file")
+    if config is None:
+        raise ModelLoadError(f"{file}: a single file has no configs; give a directory with those of its family")
+    if not (Path(config) / "model_index.json").is_file():
+        raise ModelLoadError(f"{config}: no model_index.json, this is no directory with the configs for {file}")
+    return _Source(Path(config), file)
+
+
+def _read(family: Family, source: _Source, class_name: str, dtype: torch.dtype, overrides: Mapping[str, Any]) -> Any:
+    cls = family.pipeline(class_name)
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, **overrides}
     try:
-        pipeline = cls.from_pretrained(directory, dtype=dtype, use_safetensors=True, local_files_only=True, **overrides)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"{directory}: {error}") from error
+        if source.file is None:
+            pipeline = cls.from_pretrained(source.directory, use_safetensors=True, **options)
+        elif hasattr(cls, "from_single_file"):
+            pipeline = cls.from_single_file(str(source.file), config=str(source.directory), **options)
+        else:
+            raise ModelLoadError(f"{source.file}: diffusers reads no single file of a {class_name}; give a directory")
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
+        place = source.directory if source.file is None else f"{source.file} with the configs in {source.directory}"
+        raise ModelLoadError(f"{place}: {error}") from error
+    _check_complete(pipeline, source)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _truncated_unet(directory: Path, config: dict[str, Any], depth: int, layout: Layout, dtype: torch.dtype) -> Any:
-    from diffusers import UNet2DConditionModel
-    from safetensors import safe_open
+def _check_complete(pipeline: Any, source: _Source) -> None:
+    """A single file that does not fit its configs leaves weights without values."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and any(p.is_meta for p in part.parameters()):
+            raise ModelLoadError(f"{source.file}: it has not all weights of {name} as configured in {source.directory}")
 
-    if layout not in ("sd", "sdxl"):
+
+def _in_part(family: Family, source: _Source, config: dict[str, Any], depth: int, dtype: torch.dtype) -> Any:
+    if family.kind != "unet":
         raise ModelLoadError("depth: only a U-Net can be loaded in part")
+    if source.file is not None:
+        raise ModelLoadError(f"depth: {source.file} cannot be loaded in part; give a directory")
+    return _truncated_unet(family, source.directory / family.part, config, depth, dtype)
+
+
+def _truncated_unet(family: Family, directory: Path, config: dict[str, Any], depth: int, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
+        unet = getattr(diffusers, family.network_class).from_config(config)
     levels = UNet(unet).depth
     if not 1 <= depth <= levels:
         raise ModelLoadError(f"depth: {depth} is not in 1..{levels}")
@@ -170,7 +204,7 @@ def _truncated_unet(directory: Path, config: dict[str, Any], depth: int, layout:
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        return auto_dtype(device)
     return dtype if isinstance(dtype, torch.dtype) else cast(torch.dtype, getattr(torch, dtype))
 
 
@@ -193,14 +227,9 @@ def _found(directory: Path, kind: str, suffix: str = "") -> dict[str, str | Path
     return {p.name.removesuffix(suffix): p for p in sorted((directory / kind).glob(f"*{suffix}"))}
 
 
-DEFAULT_SCALES: dict[Layout, float] = {"sd": 7.5, "sdxl": 5.0, "dit": 4.0, "pixart": 4.5}
-"""The guidance scales that diffusers' pipelines default to."""
-
-
 def _spec(
     name: str,
-    layout: Layout,
-    config: dict[str, Any],
+    family: Family,
     digest: str,
     network: Network,
     pipeline: Any,
@@ -208,36 +237,39 @@ def _spec(
     dtype: torch.dtype,
     stepping: Stepping,
 ) -> ModelSpec:
-    unet = layout in ("sd", "sdxl")
+    config: Any = network.module.config
     scale = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     side = config["sample_size"]
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
-    scheduler = default_name(pipeline.scheduler.config)
     given = {k: extras[k] for k in ("description", "prompt_grammar") if k in extras}
     return ModelSpec(
         name=name,
-        family="unet" if unet else "dit",
-        layout=layout,
+        family=family.kind,
+        layout=family.name,
         config_hash=digest,
         sites=network.sites,
         depth=network.depth,
         latent_channels=pipeline.vae.config.latent_channels,
         latent_scale=scale,
-        patch_size=1 if unet else config["patch_size"],
         native_width=extras.get("native_width", width * scale),
         native_height=extras.get("native_height", height * scale),
         schedulers=supported(pipeline.scheduler.config),
-        default_scheduler=extras.get("default_scheduler", scheduler),
+        default_scheduler=extras.get("default_scheduler", default_name(pipeline.scheduler.config)),
         default_steps=extras.get("default_num_inference_steps", 25),
-        default_guidance_scale=extras.get("default_guidance_scale", DEFAULT_SCALES[layout]),
+        default_guidance_scale=extras.get("default_guidance_scale", family.default_guidance_scale),
         itemsize=dtype.itemsize,
         latent_itemsize=max(dtype.itemsize, 4) if stepping == "batched" else dtype.itemsize,
         num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
-        num_classes=config["num_embeds_ada_norm"] if layout == "dit" else None,
+        takes=family.takes,
+        inputs=family.inputs,
+        roles=family.guidance.roles,
+        square=family.square,
+        image_to_image=family.image_to_image,
         has_text_encoder=getattr(pipeline, "text_encoder", None) is not None,
         examples=tuple(extras.get("examples", ())),
+        **family.facts(config),
         **given,
     )
 
 
-__all__ = ["BUNDLED", "LAYOUTS", "Backbone", "config_hash", "load"]
+__all__ = ["BUNDLED", "Backbone", "config_hash", "load"]

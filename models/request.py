@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from PIL import Image
 from torch import Tensor
 
 from models.accelerators import Accelerator
+from models.costs.usage import Usage
+from models.guidance import Scales
 from models.reuse.plans import StepRows
 from models.solvers.names import NoiseSchedule
-
-if TYPE_CHECKING:
-    from models.costs.macs import Usage
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,7 +73,10 @@ def _content(value: object) -> object:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A request with every default filled in and every check passed; no tensor has been made yet."""
+    """A request with every default filled in and every check passed; no tensor has been made yet.
+
+    Its request's picture already has the size of the run.
+    """
 
     request: Request
     width: int
@@ -89,6 +90,11 @@ class Run:
     feature_bytes: int  # the most that one image remembers between steps
     seeds: tuple[int, ...]
     adapter: str | None
+
+    @property
+    def scales(self) -> Scales:
+        """How strongly it is guided."""
+        return Scales(self.guidance_scale)
 
     @property
     def guided(self) -> bool:

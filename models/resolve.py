@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+
+from PIL import Image
 
 from models.accelerators import Accelerator, bind
 from models.accelerators.base import needs_guidance
@@ -16,6 +19,19 @@ from models.spec import ModelSpec, RunSpec
 
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
+OPTIONAL_INPUTS = frozenset(
+    {
+        "negative_prompt",
+        "class_label",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_attention_mask",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    }
+)
+"""Fields that only some families have a use for. Elsewhere they are refused, not ignored."""
 
 
 def resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Request) -> Run:
@@ -30,14 +46,16 @@ def resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Requ
     scale = model.default_guidance_scale if request.guidance_scale is None else request.guidance_scale
     _number("guidance_scale", scale, 0.0, 100.0)
     accelerators = _bind(model, request, schedule, scheduler, count, scale)
-    guided = scale > 1.0 and needs_guidance(accelerators)
+    guided = len(model.roles) > 1 and scale > 1.0 and needs_guidance(accelerators)
     adapter = next((a.adapter for a in accelerators if hasattr(a, "adapter")), None)
     if adapter is not None:
         scale = model.adapters[adapter].guidance_scale
     images = _integer("num_images", request.num_images, 1, 10_000)
     seed = _integer("seed", request.seed, 0, MAX_SEED - images, least=0)
-    steps = compile_run(model.sites, accelerators, len(schedule.timesteps), guided)
+    steps = compile_run(model.sites, accelerators, len(schedule.timesteps), guided, len(model.roles) - 1)
     latent_size = (height // model.latent_scale, width // model.latent_scale)
+    if request.image is not None:
+        request = replace(request, image=resize(request.image, width, height))
     return Run(
         request=request,
         width=width,
@@ -63,7 +81,7 @@ def _bind(
         num_inference_steps=count,
         num_steps=len(schedule.timesteps),
         tokens=model.tokens(width, height),
-        guided=scale > 1.0 and needs_guidance(request.accelerators),
+        guided=len(model.roles) > 1 and scale > 1.0 and needs_guidance(request.accelerators),
         guidance_scale=request.guidance_scale,
         negative=bool(request.negative_prompt) or request.negative_prompt_embeds is not None,
         image_to_image=request.image is not None,
@@ -78,20 +96,24 @@ def _size(model: ModelSpec, request: Request) -> tuple[int, int]:
     for name, value in (("width", width), ("height", height)):
         if value < 1 or value % model.size_multiple:
             raise OutOfRange(name, f"{value} is not a positive multiple of {model.size_multiple} pixels")
-    if model.layout == "dit" and width != height:
+    if model.square and width != height:
         raise OutOfRange("height", f"{model.name} makes square pictures only, so it must equal the width")
     return width, height
 
 
 def _inputs(model: ModelSpec, request: Request) -> None:
-    if model.layout == "dit":
-        if request.image is not None:
-            raise WrongBackbone("image", f"{model.name} is class-conditional and has no image-to-image")
+    for name in OPTIONAL_INPUTS - model.inputs:
+        given = getattr(request, name)
+        if given is not None and not (isinstance(given, str) and given == ""):
+            raise WrongBackbone(name, f"{model.name} does not take it")
+    if request.image is not None and not model.image_to_image:
+        raise WrongBackbone("image", f"{model.name} has no image-to-image")
+    if model.takes == "class_label":
         if request.class_label is None or not 0 <= request.class_label < (model.num_classes or 0):
             raise OutOfRange("class_label", f"{request.class_label} is not in 0..{(model.num_classes or 0) - 1}")
     elif request.prompt is None and request.prompt_embeds is None:
         raise RequestError("prompt", "is required")
-    elif request.prompt_embeds is None and not model.has_text_encoder:
+    elif request.prompt_embeds is None and model.asks_for_embeddings:
         raise WrongBackbone("prompt", f"{model.name} was loaded without a text encoder; give prompt_embeds")
     if request.latents is not None:
         width, height = _size(model, request)
@@ -99,6 +121,16 @@ def _inputs(model: ModelSpec, request: Request) -> None:
         wanted = (request.num_images, model.latent_channels, height // scale, width // scale)
         if tuple(request.latents.shape) != wanted:
             raise OutOfRange("latents", f"shape {tuple(request.latents.shape)} is not {wanted}")
+
+
+def least_request(model: ModelSpec, **fields: Any) -> Request:
+    """A request with nothing but what this model must be told, for measuring and counting."""
+    return Request(prompt="", class_label=0 if model.takes == "class_label" else None, **fields)
+
+
+def resize(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """As diffusers resizes before it encodes: here, so that it is nobody's work who has the device."""
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _scheduler(model: ModelSpec, request: Request) -> str:

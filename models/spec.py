@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from models.reuse.sites import Sites
@@ -11,8 +12,15 @@ from models.reuse.sites import Sites
 if TYPE_CHECKING:
     from models.search.attention_plan import Plan
 
-Family = Literal["unet", "dit"]
-Layout = Literal["sd", "sdxl", "dit", "pixart"]
+NetworkKind = Literal["unet", "dit"]
+Family = NetworkKind
+"""What accelerators ask for: the kind of network. Everything else that differs is the business of `models.families`."""
+Takes = Literal["prompt", "class_label"]
+
+
+def short_name(model: str) -> str:
+    """What a model is called that was named by a bundled name, a directory, a file or a hub id."""
+    return PurePath(model).name.removesuffix(".safetensors")
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,8 @@ class ModelSpec:
     """A loaded model. Sizes are in pixels unless they say latents or tokens."""
 
     name: str
-    family: Family
-    layout: Layout
+    family: NetworkKind
+    layout: str  # the family's name, for showing: nothing asks for it
     config_hash: str
     sites: Sites
     depth: int  # U-Net: input blocks (L); DiT: transformer blocks
@@ -48,6 +56,11 @@ class ModelSpec:
     num_train_timesteps: int = 1000
     itemsize: int = 4  # bytes of a number in the network
     latent_itemsize: int = 4  # and in the latents
+    takes: Takes = "prompt"
+    inputs: frozenset[str] = frozenset()  # fields of a request beside its prompt that have a meaning
+    roles: tuple[str, ...] = ("unconditional", "conditional")  # of a guided step's rows
+    square: bool = False  # makes square pictures only
+    image_to_image: bool = True
     num_classes: int | None = None
     has_text_encoder: bool = True
     description: str = ""
@@ -59,6 +72,11 @@ class ModelSpec:
     def with_extras(self, adapters: Mapping[str, AdapterInfo], plans: Mapping[str, Plan]) -> ModelSpec:
         """The same model with adapters and plans registered."""
         return replace(self, adapters=dict(adapters), plans=dict(plans))
+
+    @property
+    def asks_for_embeddings(self) -> bool:
+        """Whether requests must bring their prompt encoded: there is no text encoder."""
+        return self.takes == "prompt" and not self.has_text_encoder
 
     @property
     def size_multiple(self) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from models.reuse.plans import ROLES, Role, RowPlan, StepRows
+from models.guidance import CONDITIONAL, Guidance, Scales
+from models.reuse.plans import Role, RowPlan, StepRows
 from models.reuse.rows import Conditioning, Row
 from models.reuse.store import Memory
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from models.adapters.lora import Lora
     from models.solvers.tables import Table
 
-Owner = Role | Literal["output"]
-"""Whose memory: one of the rows', or the trajectory's own, which is of its predictions."""
+Owner = Role
+OUTPUT: Owner = "output"
+"""Whose memory: that of a row, by its role, or the trajectory's own, which is of its predictions."""
 
 
 @dataclass(eq=False)
@@ -27,9 +29,8 @@ class Trajectory:
 
     `state` [registers, channels, h, w] begins with the latents; the rest is what a multistep method keeps, where the
     scheduler is followed by its `table`. Without one there is a single register, and `scheduler` steps it and keeps its
-    own history. `steps` says what each evaluation does; `timesteps` are the scheduler's, on the
-    CPU, and `times` the same as plain numbers. `group` is equal
-    for trajectories that can share a forward.
+    own history. `steps` says what each evaluation does; `timesteps` are the scheduler's, on the CPU, and `times` the
+    same as plain numbers. `group` is equal for trajectories that can share a forward: of one shape, and of one `kind`.
     """
 
     state: Tensor
@@ -38,20 +39,22 @@ class Trajectory:
     timesteps: Tensor
     times: Sequence[float]
     conditioning: dict[Role, Conditioning]
-    guidance_scale: float
+    guidance: Guidance
+    scales: Scales
     generator: torch.Generator
     step_options: Mapping[str, Any]
     table: Table | None = None
+    kind: Hashable = ()
     lora: Lora | None = None
     step: int = 0
     watched: bool = False  # keep what `preview` needs
     foreseen: Tensor | None = None  # the clean latents that the last prediction points to; `watched` runs only
-    memory: dict[Owner, Memory] = field(default_factory=lambda: {owner: Memory() for owner in (*ROLES, "output")})
+    memory: dict[Owner, Memory] = field(init=False)
     group: Hashable = field(init=False)
 
     def __post_init__(self) -> None:
-        shapes = tuple((name, tuple(t.shape)) for name, t in self.conditioning["conditional"].items())
-        self.group = (tuple(self.state.shape[1:]), shapes)
+        self.memory = {owner: Memory() for owner in (*self.guidance.roles, OUTPUT)}
+        self.group = (tuple(self.state.shape[1:]), self.kind)
 
     @property
     def latents(self) -> Tensor:
@@ -91,20 +94,15 @@ class Trajectory:
     def plans(self) -> dict[Owner, RowPlan]:
         """What the rows of the coming step do, and what the trajectory does with its prediction."""
         plan = self.plan
-        found: dict[Owner, RowPlan | None] = {
-            "conditional": plan.conditional,
-            "unconditional": plan.unconditional,
-            "output": plan.output,
-        }
-        return {owner: row for owner, row in found.items() if row is not None}
+        found = {role: plan.conditional if role == CONDITIONAL else plan.unconditional for role in self.guidance.roles}
+        return {owner: row for owner, row in (found | {OUTPUT: plan.output}).items() if row is not None}
 
     def rows(self) -> list[Row]:
         """The rows of the coming step; what they remember is in this trajectory's memory."""
-        plans = self.plans()
         return [
-            Row(plans[role], role, self, self.memory[role], self.lora if plans[role].adapter is not None else None)
-            for role in ROLES
-            if role in plans
+            Row(plan, role, self, self.memory[role], self.lora if plan.adapter is not None else None)
+            for role, plan in self.plans().items()
+            if role != OUTPUT
         ]
 
     def moved(self, state: Tensor) -> None:

@@ -11,8 +11,9 @@ from rich.table import Table
 
 
 def models() -> None:
-    """List the bundled models. Any directory or hub id in diffusers' layout can be served too."""
-    from models.loading import BUNDLED, LAYOUTS
+    """List the bundled models. Any directory or hub id in diffusers' layout can be served too, and single files."""
+    from models.families import REGISTRY
+    from models.loading import BUNDLED
 
     table = Table("model", "pipeline", "adapters", "plans", "what it draws", title="Bundled models")
     for index in sorted(BUNDLED.glob("*/model_index.json")):
@@ -25,7 +26,7 @@ def models() -> None:
         table.add_row(folder.name, pipeline, adapters, plans, about.get("description", ""))
     console = Console()
     console.print(table)
-    console.print(f"Pipelines that can be served: {', '.join(LAYOUTS)}")
+    console.print(f"Pipelines that can be served: {', '.join(REGISTRY)}")
 
 
 def accelerators() -> None:

@@ -49,6 +49,7 @@ def evaluate(
     from models.errors import SlipstreamError
     from models.quality import evaluate as measure
     from models.quality import report
+    from models.shapes.judge import ShapesJudge
 
     adapters, plans = parse_named(adapter, "--adapter"), parse_named(plan, "--plan")
     lines = prompts.read_text().splitlines() if prompts is not None else []
@@ -61,6 +62,7 @@ def evaluate(
                 backbone,
                 accelerations,
                 captions=[line.strip() for line in lines if line.strip()] or captions,
+                judge=ShapesJudge(),
                 seeds=seeds,
                 num_inference_steps=steps,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),

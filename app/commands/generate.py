@@ -12,6 +12,7 @@ from app.commands.grammar import parse
 from app.commands.options import (
     AccelerationOption,
     AdapterOption,
+    ConfigOption,
     DeviceOption,
     DtypeOption,
     ModelOption,
@@ -45,6 +46,7 @@ def generate(
     acceleration: AccelerationOption = None,
     adapter: AdapterOption = None,
     plan: PlanOption = None,
+    config: ConfigOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     output: OutputOption = Path("image.png"),
@@ -61,6 +63,7 @@ def generate(
         dtype=dtype,
         adapters=parse_named(adapter, "--adapter"),
         plans=parse_named(plan, "--plan"),
+        config=config,
     )
     request = Request(
         prompt=prompt,

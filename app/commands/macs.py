@@ -15,6 +15,7 @@ from app.commands.grammar import parse
 from app.commands.options import (
     AccelerationOption,
     AdapterOption,
+    ConfigOption,
     PlanOption,
     ScaleOption,
     SchedulerOption,
@@ -36,6 +37,7 @@ def macs(
     acceleration: AccelerationOption = None,
     adapter: AdapterOption = None,
     plan: PlanOption = None,
+    config: ConfigOption = None,
     attention_matmuls: Annotated[bool, typer.Option(help="Count attention's two products; many papers do not.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
@@ -46,10 +48,12 @@ def macs(
     given = [source for source in (model, unet_config, transformer_config) if source is not None]
     if len(given) != 1:
         raise typer.BadParameter("give exactly one of --model, --unet-config, --transformer-config")
-    config = unet_config or transformer_config
+    bare = unet_config or transformer_config
     adapters, plans = parse_named(adapter, "--adapter"), parse_named(plan, "--plan")
     source: Any = (
-        _read(config) if config is not None else load(str(model), device="cpu", adapters=adapters, plans=plans)
+        _read(bare)
+        if bare is not None
+        else load(str(model), device="cpu", dtype="float32", adapters=adapters, plans=plans, config=config)
     )
     width, height = parse_size(size)
     report = count(

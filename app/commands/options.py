@@ -26,6 +26,10 @@ AdapterOption = Annotated[
     list[str] | None, typer.Option("--adapter", help="NAME=PATH of a LoRA student to register with the model.")
 ]
 PlanOption = Annotated[list[str] | None, typer.Option("--plan", help="NAME=PATH of a DiTFastAttn plan to register.")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="For a .safetensors file: a diffusers directory with the configs of its family."),
+]
 OutputOption = Annotated[Path, typer.Option("-o", "--output")]
 
 console = Console(stderr=True)

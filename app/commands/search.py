@@ -59,7 +59,7 @@ def plan(
         "width": width,
         "height": height,
     }
-    if backbone.spec.layout == "dit":
+    if backbone.spec.takes == "class_label":
         classes = backbone.spec.num_classes or 1
         requests = [Request(class_label=i * classes // count, seed=i, **common) for i in range(count)]
     else:

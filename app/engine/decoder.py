@@ -1,4 +1,4 @@
-"""Latents that wait to become pictures; a few of them are decoded after every tick. Runs on the engine thread only."""
+"""Latents that wait to become pixels; a few of them are decoded after every tick. Runs on the engine thread only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from models.device import out_of_memory, release_memory
 from models.generate import decode
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
 
@@ -58,7 +57,7 @@ class Decoder:
         """Decode the oldest latents and those behind them that fit into the same batch."""
         group = self._waiting[0].lane.group
         chunk = [d for d in self._waiting if d.lane.group == group][: self._chunk]
-        images: list[Image.Image] = []
+        images: list[Tensor] = []
         backbone = self._backbones[chunk[0].lane.job.model]
         error = attempt(lambda: images.extend(decode(backbone, [d.latents for d in chunk])))
         if error is not None and out_of_memory(error):
@@ -78,7 +77,7 @@ class Decoder:
         for waiting, image in zip(chunk, images, strict=True):
             self._deliver(waiting, image)
 
-    def _deliver(self, decoded: Decode, image: Image.Image) -> None:
+    def _deliver(self, decoded: Decode, image: Tensor) -> None:
         lane, job = decoded.lane, decoded.lane.job
         if decoded.step is not None:
             job.post(Preview(image, decoded.step, lane.index))

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from PIL import Image
+from torch import Tensor
 
 from app.errors import ServiceError
 from models.request import Run
 from models.trajectory import Trajectory
+
+Pixels = Tensor
+"""A decoded image [height, width, 3] as bytes on the CPU; whoever encodes the file makes a picture of it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Progress:
 class Preview:
     """What one image looks like after `step` evaluations."""
 
-    image: Image.Image
+    image: Pixels
     step: int
     index: int
 
@@ -41,7 +44,7 @@ class Preview:
 class Finished:
     """All images are there."""
 
-    images: list[Image.Image]
+    images: list[Pixels]
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Lane:
     index: int
     group: Group
     trajectory: Trajectory | None = None
-    image: Image.Image | None = None
+    image: Pixels | None = None
     feature_bytes: int = 0
     reserved: int = 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import models
 from app.engine.pace import Pace, knee
@@ -14,10 +13,10 @@ from app.metrics import Metrics
 from app.settings import Settings
 from models.backbone import Backbone
 from models.denoise import advance
-from models.device import fast_bfloat16, find_device, keep_freed_memory, out_of_memory, release_memory, wait
+from models.device import find_device, keep_freed_memory, out_of_memory, release_memory, wait
 from models.generate import decode, start
-from models.request import Request
-from models.resolve import resolve
+from models.resolve import least_request, resolve
+from models.spec import short_name
 
 MEASURE_SECONDS = 4.0
 """Time a model may take for measuring its rows a tick."""
@@ -28,7 +27,7 @@ MOST_ROWS = {"cpu": 64, "cuda": 256}
 
 def load_all(settings: Settings, metrics: Metrics, pace: Pace) -> tuple[dict[str, Backbone], dict[str, int]]:
     """Load and warm every model of the settings. Raises `ModelLoadError` for one that cannot be served."""
-    backbones = {Path(name).name: _load(name, settings, metrics) for name in settings.model}
+    backbones = {short_name(name): _load(name, settings, metrics) for name in settings.model}
     return backbones, warm_all(backbones, settings, metrics, pace)
 
 
@@ -44,16 +43,15 @@ def warm_all(backbones: Mapping[str, Backbone], settings: Settings, metrics: Met
 
 def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
     began = time.monotonic()
-    short = Path(name).name
-    device, dtype = find_device(settings.device), settings.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if fast_bfloat16(device) else "float32"
+    short = short_name(name)
+    device = find_device(settings.device)
     backbone = models.load(
         name,
         device=device,
-        dtype=dtype,
+        dtype=settings.dtype,
         adapters=settings.files("adapter", short),
         plans=settings.files("plan", short),
+        config=settings.config_of(short),
         depth=settings.blocks(short),
         compile=settings.compile,
     )
@@ -70,13 +68,12 @@ def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
 def _warm(name: str, backbone: Backbone, settings: Settings, pace: Pace) -> int:
     """One tick and one decode, and the measured cap of rows where the settings leave it open."""
     spec = backbone.spec
-    if not (spec.has_text_encoder or spec.layout == "dit"):
+    if spec.asks_for_embeddings:
         SERVER.warning("%s has no text encoder: requests over HTTP cannot give it a prompt", name)
         return settings.max_rows if isinstance(settings.max_rows, int) else 2
 
     def tick(rows: int) -> float:
-        request = Request(prompt="", class_label=0 if spec.layout == "dit" else None, num_inference_steps=WARM_TICKS)
-        run = resolve(spec, backbone.scheduler_config, request)
+        run = resolve(spec, backbone.scheduler_config, least_request(spec, num_inference_steps=WARM_TICKS))
         each = run.steps[0].num_rows
         run = replace(run, seeds=(0,) * max(1, rows // each))
         trajectories = start(backbone, run)
@@ -88,7 +85,8 @@ def _warm(name: str, backbone: Backbone, settings: Settings, pace: Pace) -> int:
             seconds.append(time.perf_counter() - began)
         return min(seconds)
 
-    decode(backbone, [start(backbone, resolve(spec, backbone.scheduler_config, _smallest(backbone)))[0].latents])
+    smallest = resolve(spec, backbone.scheduler_config, least_request(spec, num_inference_steps=1))
+    decode(backbone, [start(backbone, smallest)[0].latents])
     if isinstance(settings.max_rows, int):
         pace.observe(name, 2, tick(2))
         return settings.max_rows
@@ -102,8 +100,3 @@ def _warm(name: str, backbone: Backbone, settings: Settings, pace: Pace) -> int:
     pace.observe(name, rows, tick(rows))
     SERVER.info("%s: up to %d rows a tick", name, rows)
     return rows
-
-
-def _smallest(backbone: Backbone) -> Request:
-    label = 0 if backbone.spec.layout == "dit" else None
-    return Request(prompt="", class_label=label, num_inference_steps=1)

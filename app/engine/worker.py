@@ -105,11 +105,9 @@ class Worker:
     def _start(self, jobs: Sequence[Job], backbone: Backbone) -> None:
         """Encode the prompts of all jobs as one batch, then make their trajectories; one that fails fails alone."""
         began = self._clock()
-        prompts = [p for job in jobs for p in _prompts(job)]
-        if backbone.spec.has_text_encoder and backbone.spec.layout != "dit":
-            error = attempt(partial(backbone.conditioner.encode, prompts))
-            if error is not None:
-                SERVER.warning("encoding %d prompts together failed, trying one by one: %s", len(prompts), error)
+        error = attempt(partial(backbone.prepare, [job.run for job in jobs]))
+        if error is not None:
+            SERVER.warning("encoding the prompts of %d jobs together failed, one by one now: %s", len(jobs), error)
         for job in jobs:
             error = attempt(partial(self._start_one, job, backbone))
             if error is not None:
@@ -224,11 +222,6 @@ class Worker:
     def _reserve(self, lane: Lane, size: int) -> None:
         self._budget.reserved += size - lane.reserved
         lane.reserved = size
-
-
-def _prompts(job: Job) -> list[str | None]:
-    request = job.run.request
-    return [request.prompt, request.negative_prompt] if job.run.guided else [request.prompt]
 
 
 def _start_error(error: Exception) -> ServiceError:

@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from app.engine.job import Event, Failed, Finished, Job, Preview
+from app.engine.job import Event, Failed, Finished, Job, Pixels, Preview
 from app.errors import ClientGone, DeadlineExceeded, ServiceError
 from app.http.pictures import encode, to_base64
 from app.http.record import Record
-from app.http.schemas.requests import GenerationRequest
+from app.http.schemas.requests import GenerationRequest, OutputFormat
 from app.http.schemas.responses import GeneratedImage, GenerationBody, TimingBody, UsageBody
-from models.costs.macs import Usage
+from models.costs.usage import Usage
+from models.families.vae import to_pictures
 
 if TYPE_CHECKING:
     from app.http.service import Service
@@ -122,7 +123,7 @@ class Generation:
         metrics, timing = self.service.metrics, self.job.timing
         began = time.monotonic()
         files = [
-            await self.service.clerk(encode, image, self.asked.output_format, self.facts(seed), seed)
+            await self.service.clerk(_file, image, self.asked.output_format, self.facts(seed), seed)
             for image, seed in zip(self.finished.images, self.job.run.seeds, strict=True)
         ]
         costs = await self.costs
@@ -140,7 +141,7 @@ class Generation:
     async def preview(self, event: Preview) -> str:
         """A partial image as base64."""
         seed = self.job.run.seeds[event.index]
-        file = await self.service.clerk(encode, event.image, self.asked.output_format, self.facts(seed), seed)
+        file = await self.service.clerk(_file, event.image, self.asked.output_format, self.facts(seed), seed)
         return await self.service.clerk(to_base64, file)
 
     def facts(self, seed: int) -> dict[str, Any]:
@@ -175,6 +176,11 @@ class Generation:
             self.service.metrics.cancelled.labels("client").inc()
         elif error.status == 503:
             self.service.metrics.cancelled.labels("shutdown").inc()
+
+
+def _file(pixels: Pixels, output_format: OutputFormat, facts: dict[str, Any], seed: int) -> bytes:
+    """A decoded image as a file."""
+    return encode(to_pictures(pixels[None])[0], output_format, facts, seed)
 
 
 def _all_base64(files: list[bytes]) -> list[str]:

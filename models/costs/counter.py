@@ -18,8 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.adapters.lora import Lora, meta_lora
-from models.errors import ModelLoadError
-from models.networks.attention import install
+from models.families import Family, of_network
 from models.networks.sites import attention, blocks, level
 from models.networks.transformer import DiT, attention_rows
 from models.networks.unet import UNet, truncate
@@ -27,13 +26,6 @@ from models.reuse.plans import Reading, Recall, RowPlan, StepRows, Twin, Zeros
 from models.reuse.rows import Conditioning, Places, Row
 from models.reuse.sites import Feature
 from models.reuse.store import FeatureStore
-
-NETWORKS: dict[str, type[UNet] | type[DiT]] = {
-    "UNet2DModel": UNet,
-    "UNet2DConditionModel": UNet,
-    "DiTTransformer2DModel": DiT,
-    "PixArtTransformer2DModel": DiT,
-}
 
 
 class MacCounter:
@@ -46,19 +38,16 @@ class MacCounter:
         text_tokens: int = 77,
         attention_matmuls: bool = True,
         depth: int | None = None,
+        family: Family | None = None,
     ) -> None:
-        """`depth`: of a U-Net loaded in part, the input blocks that were."""
-        name = str(config.get("_class_name"))
-        if name not in NETWORKS:
-            raise ModelLoadError(f"config: {name} is not one of {', '.join(NETWORKS)}")
+        """`depth`: of a U-Net loaded in part, the input blocks that were. `family`: whose network it is, if known."""
+        self._family = of_network(config) if family is None else family
         with torch.device("meta"):
-            module = getattr(diffusers, name).from_config(config)
+            module = getattr(diffusers, self._family.network_class).from_config(config)
         if depth is not None:
             truncate(module, depth)
-        self._config = config
-        self._network = NETWORKS[name](module.eval())
-        if name != "UNet2DModel":
-            install(module, self._network.reusable)
+        self._config = module.config
+        self._network = self._family.network(module.eval())
         self._size = latent_size
         self._text_tokens = text_tokens
         self._attention_matmuls = attention_matmuls
@@ -153,18 +142,9 @@ class MacCounter:
         return self._loras.setdefault(lora, meta_lora(lora))
 
     def _inputs(self, rows: int) -> tuple[Tensor, Tensor, Conditioning]:
-        config = self._config
-        with torch.device("meta"):
-            x = torch.empty(rows, config["in_channels"], *self._size)
-            conditioning: Conditioning = {"class_labels": torch.zeros(rows, dtype=torch.long)}
-            dim = config.get("caption_channels") or config.get("cross_attention_dim")
-            if dim is not None:
-                conditioning["encoder_hidden_states"] = torch.empty(rows, self._text_tokens, dim)
-            if config.get("addition_embed_type") == "text_time":
-                pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-                conditioning |= {"text_embeds": torch.empty(rows, pooled), "time_ids": torch.empty(rows, 6)}
-            conditioning |= {"resolution": torch.empty(rows, 2), "aspect_ratio": torch.empty(rows, 1)}
-            return x, torch.empty(rows), conditioning
+        x = torch.empty(rows, self._config["in_channels"], *self._size, device="meta")
+        conditioning = self._family.dummy(self._config, rows, self._text_tokens)
+        return x, torch.empty(rows, device="meta"), conditioning
 
     def _count(self, forward: Any) -> int:
         hidden: AbstractContextManager[Any] = nullcontext() if self._attention_matmuls else _WithoutAttention()

@@ -11,24 +11,16 @@ from diffusers import DDIMScheduler
 from models.accelerators import Accelerator
 from models.backbone import Backbone
 from models.costs.counter import MacCounter
-from models.request import Request, Run
-from models.resolve import resolve
+from models.costs.usage import Usage
+from models.families import Family, of_network
+from models.request import Run
+from models.resolve import least_request, resolve
 from models.reuse.plans import RowPlan
 from models.solvers.names import REGISTRY
-from models.spec import Layout, ModelSpec
+from models.spec import ModelSpec
 
 MOST_COUNTERS = 64
 """Sizes of one model whose counts are kept."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a request cost: `steps` evaluations a trajectory, `rows` in all, MACs with and without its accelerators."""
-
-    steps: int
-    rows: int
-    macs: int
-    macs_unaccelerated: int
 
 
 def usage(backbone: Backbone, run: Run) -> Usage:
@@ -38,18 +30,20 @@ def usage(backbone: Backbone, run: Run) -> Usage:
     lora = backbone.loras[run.adapter] if run.adapter is not None else None
     images, steps = len(run.seeds), len(run.steps)
     rows = sum(step.num_rows for step in run.steps)
-    plain = counter.row(RowPlan()) * steps * (2 if run.guidance_scale > 1.0 else 1)
+    plain = counter.row(RowPlan()) * steps * (len(backbone.spec.roles) if run.guidance_scale > 1.0 else 1)
     return Usage(steps, rows * images, counter.run(run.steps, lora) * images, plain * images)
 
 
 def counter_for(backbone: Backbone, width: int, height: int, text_tokens: int | None = None) -> MacCounter:
     """The counter of a loaded model at a size in pixels and a length of prompt; made once a size."""
-    scale, text_tokens = backbone.spec.latent_scale, text_tokens or backbone.conditioner.text_tokens
+    scale, text_tokens = backbone.spec.latent_scale, text_tokens or backbone.parts.text_tokens
     size = (height // scale, width // scale)
     if (*size, text_tokens) not in backbone.counters:
         while len(backbone.counters) >= MOST_COUNTERS:  # sizes are a client's choice
             backbone.counters.pop(next(iter(backbone.counters)))
-        counter = MacCounter(_config(backbone), size, text_tokens, depth=_loaded_depth(backbone))
+        counter = MacCounter(
+            _config(backbone), size, text_tokens, depth=_loaded_depth(backbone), family=backbone.family
+        )
         backbone.counters[*size, text_tokens] = counter
     return backbone.counters[*size, text_tokens]
 
@@ -98,14 +92,15 @@ def macs(
     """
     if isinstance(model, Backbone):
         config: Mapping[str, Any] = _config(model)
-        spec, text_tokens = model.spec, model.conditioner.text_tokens
+        family = model.family
+        spec, text_tokens = model.spec, model.parts.text_tokens
         scheduler_config, loras = model.scheduler_config, model.loras
     else:
-        config, text_tokens, loras = model, 120 if "caption_channels" in model else 77, {}
-        spec, scheduler_config = _bare_spec(config), DDIMScheduler().config
-    request = Request(
-        prompt="",
-        class_label=0 if spec.layout == "dit" else None,
+        config, loras, family = model, {}, of_network(model)
+        text_tokens = family.usual_text_tokens
+        spec, scheduler_config = _bare_spec(family, config), DDIMScheduler().config
+    request = least_request(
+        spec,
         acceleration=acceleration,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
@@ -116,35 +111,38 @@ def macs(
     run = resolve(spec, scheduler_config, request)
     size = (run.height // spec.latent_scale, run.width // spec.latent_scale)
     depth = _loaded_depth(model) if isinstance(model, Backbone) else None
-    counter = MacCounter(config, size, text_tokens, attention_matmuls, depth)
+    counter = MacCounter(config, size, text_tokens, attention_matmuls, depth, family)
     lora = loras[run.adapter] if run.adapter is not None else None
     steps = tuple(counter.step(step, lora) for step in run.steps)
     row = counter.row(RowPlan())
-    plain = row * len(steps) * (2 if run.guidance_scale > 1.0 else 1)
+    plain = row * len(steps) * (len(spec.roles) if run.guidance_scale > 1.0 else 1)
     return MacReport(row, steps, sum(steps), plain, counter.parameters)
 
 
-def _bare_spec(config: Mapping[str, Any]) -> ModelSpec:
-    name = str(config.get("_class_name"))
-    network = MacCounter(config, (8, 8)).network
-    scale = 1 if name == "UNet2DModel" else 8
-    side = config["sample_size"]
+def _bare_spec(family: Family, config: Mapping[str, Any]) -> ModelSpec:
+    counter = MacCounter(config, (8, 8), family=family)
+    full: Any = counter.network.module.config
+    facts = {"latent_scale": 8, **family.facts(full)}
+    side, scale = full["sample_size"], facts["latent_scale"]
     height, width = side if isinstance(side, list | tuple) else (side, side)
-    layout: Layout = "dit" if name == "DiTTransformer2DModel" else "pixart" if "PixArt" in name else "sd"
     return ModelSpec(
-        name=name,
-        family="unet" if "UNet" in name else "dit",
-        layout=layout,
+        name=family.network_class,
+        family=family.kind,
+        layout=family.name,
         config_hash="",
-        sites=network.sites,
-        depth=network.depth,
-        latent_channels=config["in_channels"],
-        latent_scale=scale,
-        patch_size=config.get("patch_size") or 1,
+        sites=counter.network.sites,
+        depth=counter.network.depth,
+        latent_channels=full["in_channels"],
         native_width=width * scale,
         native_height=height * scale,
         schedulers=tuple(REGISTRY),
         default_steps=50,
-        default_guidance_scale=1.0 if name == "UNet2DModel" else 7.5,
-        num_classes=config.get("num_embeds_ada_norm"),
+        default_guidance_scale=7.5 if len(family.guidance.roles) > 1 else 1.0,
+        roles=family.guidance.roles,
+        takes=family.takes,
+        inputs=family.inputs,
+        **facts,
     )
+
+
+__all__ = ["MacReport", "Usage", "counter_for", "macs", "usage"]

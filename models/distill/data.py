@@ -20,7 +20,7 @@ from models.backbone import Backbone
 from models.distill.student import join
 from models.errors import RequestError
 from models.request import Request
-from models.resolve import resolve
+from models.resolve import resize, resolve
 from models.reuse.rows import Conditioning
 from models.shapes.shapes import render, sample_scene
 from models.solvers.names import noise_schedule
@@ -61,7 +61,7 @@ class Source(nn.Module, ABC):
             resolve(backbone.spec, backbone.scheduler_config, Request(prompt=p, guidance_scale=2.0)) for p in prompts
         ]
         with torch.autocast(backbone.device.type, enabled=False):  # kept for later batches, so always encoded alike
-            both = [backbone.conditioner.of(run) for run in runs]
+            both = [backbone.conditioning(run) for run in runs]
         conditional, unconditional = (join([one[role] for one in both]) for role in ("conditional", "unconditional"))
         return Batch(x, torch.tensor(times, device=x.device), conditional, unconditional)
 
@@ -142,7 +142,8 @@ class Noised(Source):
         super().__init__(backbone, num_inference_steps)
         spec, generator = backbone.spec, torch.Generator().manual_seed(0)
         size = (spec.native_width, spec.native_height)
-        self._latents = torch.cat([backbone.encode(picture, *size, generator).cpu() for picture, _ in pictures]).clone()
+        drawn = (backbone.draw(backbone.posterior(resize(picture, *size)), generator) for picture, _ in pictures)
+        self._latents = torch.cat([latents.cpu() for latents in drawn]).clone()
         self._captions = [caption for _, caption in pictures]
         self._rows = rows
 

@@ -62,8 +62,10 @@ def distill(
     """
     output = Path(output)
     backbone = load(str(model), device=device, dtype=torch.float32, adapters={}, plans={})
-    if backbone.spec.layout == "dit":
+    if backbone.spec.takes != "prompt":
         raise WrongBackbone("model", "a class-conditional model has no prompts to distil on")
+    if len(backbone.spec.roles) != 2:
+        raise WrongBackbone("model", "a student stands for a guided pair, which this model does not have")
     scale = backbone.spec.default_guidance_scale if guidance_scale is None else guidance_scale
     if scale <= 1.0:
         raise RequestError("guidance_scale", f"{scale:g} needs one row anyway; a student is for scales above 1")
@@ -86,7 +88,7 @@ def distill(
     headers = [header(file, settings) for file in start_from]
     if steps == 0 and not start_from:
         raise RequestError("steps", "0 is for the mean of start_from; train for at least 1")
-    pair = Pair(backbone.network.module, scale, rank, seed)
+    pair = Pair(backbone.family, backbone.network.module, scale, rank, seed)
     if steps == 0:
         pair.load(start_from)
         longest = max(headers, key=trained_steps)

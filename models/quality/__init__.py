@@ -1,5 +1,6 @@
 """What an accelerator costs in quality: metrics, and evaluations of any set of accelerators on a model."""
 
 from models.quality.evaluate import Evaluation, evaluate
+from models.quality.judge import Judge
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "Judge", "evaluate"]

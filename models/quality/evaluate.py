@@ -8,15 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
-from torch import Tensor
 
 from models.backbone import Backbone
 from models.errors import RequestError
 from models.generate import generate
 from models.quality import metrics
 from models.quality.cases import Acceleration, Case, cases, cost, defaults
-from models.shapes import classifier
-from models.shapes.validation import held_out_captions
+from models.quality.judge import Judge
+from models.resolve import resolve
 
 REFERENCES = 2048  # rendered pictures behind every Fréchet distance
 Progress = Callable[[int, int], None]
@@ -27,7 +26,7 @@ class Score:
     """One line of the table. Rows, MACs and seconds are those of one picture; `speedup` is the wall ratio.
 
     `psnr` and `ssim` are means against the unaccelerated picture of the same seed; `alignment` is the share of pictures
-    that keep each claim of their caption; it and `frechet` are None outside the world of shapes.
+    that keep each claim of their caption; it and `frechet` are None without a judge or outside its world.
     """
 
     case: Case
@@ -69,6 +68,7 @@ def evaluate(
     accelerations: Sequence[Acceleration] = (),
     *,
     captions: int | Sequence[str] = 64,
+    judge: Judge | None = None,
     seeds: int = 1,
     num_inference_steps: int | None = None,
     chunk: int = 32,
@@ -77,11 +77,11 @@ def evaluate(
 ) -> Evaluation:
     """Draw every caption with every seed under each acceleration and control, and measure.
 
-    `captions` is how many held-out captions of the shapes world to draw, or the prompts themselves. The runs take turns
-    after every `chunk` pictures, so that a machine that slows down slows them all. Without `accelerations`, those that
-    fit the model. Raises a `RequestError` for one that does not.
+    `captions` is how many held-out captions of the judge's world to draw, or the prompts themselves. The runs take
+    turns after every `chunk` pictures, so that a machine that slows down slows them all. Without `accelerations`, those
+    that fit the model. Raises a `RequestError` for one that does not.
     """
-    prompts = _prompts(backbone, captions)
+    prompts = _prompts(backbone, captions, judge)
     pairs = [(prompt, 1000 * seed + i) for seed in range(seeds) for i, prompt in enumerate(prompts)]
     steps = num_inference_steps or backbone.spec.default_steps
     chosen = cases(backbone, accelerations or defaults(backbone.spec), steps)
@@ -90,7 +90,8 @@ def evaluate(
     done, total = 0, len(pairs) * len(runs)
     for start in range(0, len(pairs), chunk):
         part = pairs[start : start + chunk]
-        backbone.conditioner.encode(["", *(prompt for prompt, _ in part)])
+        plain = (chosen[0].request(prompt, seed) for prompt, seed in part)
+        backbone.prepare([resolve(backbone.spec, backbone.scheduler_config, request) for request in plain])
         for run in runs.values():
             began = time.perf_counter()
             results = generate(backbone, [run.case.request(prompt, seed) for prompt, seed in part])
@@ -100,14 +101,14 @@ def evaluate(
             if progress is not None:
                 progress(done, total)
     drawn = [prompt for prompt, _ in pairs]
-    judge = _Judge(drawn, runs[_key(chosen[0])], cost(backbone, chosen[0]).macs)
+    scorer = _Scorer(drawn, runs[_key(chosen[0])], cost(backbone, chosen[0]).macs, judge)
     return Evaluation(
         model=backbone.spec.name,
         pictures=len(pairs),
         captions=drawn[:samples],
         device=str(backbone.device),
         dtype=str(backbone.dtype).removeprefix("torch."),
-        scores=[judge.score(case, runs[_key(case)], backbone) for case in chosen],
+        scores=[scorer.score(case, runs[_key(case)], backbone) for case in chosen],
         samples=[runs[_key(case)].pictures[:samples] for case in chosen],
     )
 
@@ -117,25 +118,23 @@ def _key(case: Case) -> tuple[object, ...]:
     return (case.num_inference_steps, case.accelerators, case.guidance_scale)
 
 
-def _prompts(backbone: Backbone, captions: int | Sequence[str]) -> list[str]:
+def _prompts(backbone: Backbone, captions: int | Sequence[str], judge: Judge | None) -> list[str]:
     if not isinstance(captions, int):
         return list(captions)
-    if backbone.spec.prompt_grammar is None:
+    if judge is None or backbone.spec.prompt_grammar is None:
         raise RequestError("captions", f"{backbone.spec.name} does not say what it draws; give prompts to evaluate")
-    return held_out_captions(captions)
+    return judge.captions(captions)
 
 
-class _Judge:
-    """Scores runs against the plain one and, in the world of shapes, against captions and true pictures."""
+class _Scorer:
+    """Scores runs against the plain one and, in the judge's world, against captions and true pictures."""
 
-    def __init__(self, captions: list[str], plain: _Run, macs: int) -> None:
+    def __init__(self, captions: list[str], plain: _Run, macs: int, judge: Judge | None) -> None:
         self._captions, self._plain, self._macs = captions, plain, macs
-        self._shapes = metrics.readable(plain.pictures, captions) and classifier.FILE.is_file()
-        self._classifier = classifier.load() if self._shapes else None
-        self._reference: Tensor | None = None
-        if self._classifier is not None:
-            true = metrics.rendered(captions, REFERENCES)
-            self._reference = classifier.features(self._classifier, true)
+        self._judge = judge if judge is not None and judge.reads(plain.pictures, captions) else None
+        self._reference = None
+        if self._judge is not None:
+            self._reference = self._judge.features(self._judge.true_pictures(captions, REFERENCES))
 
     def score(self, case: Case, run: _Run, backbone: Backbone) -> Score:
         usage = cost(backbone, case)
@@ -151,11 +150,12 @@ class _Judge:
             speedup=statistics.median(ratios),
             psnr=None if plain else statistics.fmean(metrics.psnr(a, b) for a, b in pairs),
             ssim=None if plain else statistics.fmean(metrics.ssim(a, b) for a, b in pairs),
-            alignment=metrics.alignment(run.pictures, self._captions),
+            alignment=None if self._judge is None else self._judge.alignment(run.pictures, self._captions),
             frechet=self._frechet(run.pictures),
         )
 
     def _frechet(self, pictures: list[Image.Image]) -> float | None:
-        if self._classifier is None or self._reference is None or len(pictures) < 2:
+        if self._judge is None or self._reference is None or len(pictures) < 2:
             return None
-        return metrics.frechet(classifier.features(self._classifier, pictures), self._reference)
+        features = self._judge.features(pictures)
+        return None if features is None else metrics.frechet(features, self._reference)

@@ -1,19 +1,12 @@
-"""How good pictures are: likeness to a reference, truth to the caption, and distance between two sets."""
+"""How good pictures are: likeness to a reference, and the distance between two sets."""
 
 from __future__ import annotations
-
-import random
-from collections.abc import Sequence
-from dataclasses import fields
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
-
-from models.shapes.checker import Verdict, check
-from models.shapes.shapes import SIDE, parse_caption, render
 
 MOST_PSNR = 100.0  # decibels; what identical pictures count as in a mean
 
@@ -30,35 +23,6 @@ def ssim(picture: Image.Image, reference: Image.Image) -> float:
     """Structural similarity (Wang et al., 2004) of two RGB pictures of equal size, at most 1."""
     a, b = np.asarray(reference.convert("RGB")), np.asarray(picture.convert("RGB"))
     return float(structural_similarity(a, b, data_range=255, channel_axis=2))
-
-
-def alignment(pictures: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, float] | None:
-    """The share of pictures that keep each claim of their caption, and under `all` every claim.
-
-    None where the captions are outside the grammar of shapes or the pictures of another size.
-    """
-    if not readable(pictures, captions):
-        return None
-    verdicts = [check(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
-    names = [*(field.name for field in fields(Verdict)), "all"]
-    return {name: sum(getattr(verdict, name) for verdict in verdicts) / len(verdicts) for name in names}
-
-
-def readable(pictures: Sequence[Image.Image], captions: Sequence[str]) -> bool:
-    """Whether these are pictures and captions of the shapes world."""
-    try:
-        for caption in captions:
-            parse_caption(caption)
-    except ValueError:
-        return False
-    return bool(pictures) and all(picture.size == (SIDE, SIDE) for picture in pictures)
-
-
-def rendered(captions: Sequence[str], count: int, seed: int = 0) -> list[Image.Image]:
-    """At least `count` true pictures of these captions, the same number of each: the reference set of `frechet`."""
-    rng = random.Random(seed)
-    rounds = -(-count // len(captions))
-    return [render(parse_caption(caption), rng) for _ in range(rounds) for caption in captions]
 
 
 def frechet(features: Tensor, reference: Tensor) -> float:

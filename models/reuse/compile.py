@@ -14,7 +14,6 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from models.reuse.plans import (
-    ROLES,
     Entry,
     Reading,
     Recall,
@@ -35,6 +34,7 @@ from models.reuse.weights import newton
 if TYPE_CHECKING:
     from models.accelerators.base import Accelerator
 
+CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 View = Mapping[Site, RowReuse]
 """What one row reuses in one step."""
 Known = dict[Feature, list[int]]
@@ -42,7 +42,7 @@ Known = dict[Feature, list[int]]
 
 
 def compile_run(
-    sites: Sites, accelerators: Sequence[Accelerator], num_steps: int, guided: bool
+    sites: Sites, accelerators: Sequence[Accelerator], num_steps: int, guided: bool, guides: int = 1
 ) -> tuple[StepRows, ...]:
     """Every step of a run as row plans.
 
@@ -59,20 +59,22 @@ def compile_run(
         if guidance[step] != guidance[step - 1]:
             plans[step] = _computed(plans[step])
     returns = frozenset(step for step in range(1, num_steps) if guidance[step] and not guidance[step - 1])
-    views: dict[Role, list[View | None]] = {
+    computed = [OUTPUT not in plan.reuse for plan in plans]
+    views = {
         role: [
-            None if OUTPUT in plan.reuse or (role == "unconditional" and not on) else view(plan, role)
-            for plan, on in zip(plans, guidance, strict=True)
+            view(plan, role) if runs and (on or role == CONDITIONAL) else None
+            for plan, on, runs in zip(plans, guidance, computed, strict=True)
         ]
-        for role in ROLES
+        for role in (CONDITIONAL, UNCONDITIONAL)
     }
-    conditional, unconditional = (_link(sites, views[role], returns) for role in ROLES)
+    conditional, unconditional = (_link(sites, asked, returns) for asked in views.values())
     output = _outputs(sites, plans, guidance)
     return tuple(
         StepRows(
             None if c is None else replace(c, adapter=plan.adapter),
             None if u is None else replace(u, adapter=plan.adapter),
             o,
+            guides,
         )
         for plan, c, u, o in zip(plans, conditional, unconditional, output, strict=True)
     )
@@ -119,7 +121,7 @@ def view(plan: StepPlan, role: Role) -> View:
 def _of_row(reuse: Reuse, role: Role) -> RowReuse | None:
     """What the row with this role does; None: it computes the site in full."""
     if isinstance(reuse, Shared):
-        return reuse.of if role == "conditional" else Twin(reuse.of)
+        return reuse.of if role == CONDITIONAL else Twin(reuse.of)
     return reuse
 
 

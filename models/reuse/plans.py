@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from models.reuse.sites import OUTPUT, Feature, Kind, Site
 
-Role = Literal["conditional", "unconditional"]
-ROLES: tuple[Role, Role] = ("conditional", "unconditional")
+Role = str
+"""What a row is for: "conditional", and in guided steps a family's others, which all follow one plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +115,18 @@ class RowPlan:
 class StepRows:
     """The rows of one trajectory in one step. Without a conditional row the whole prediction is foretold.
 
-    `output` is what the trajectory itself reads and remembers: its predictions, guidance included.
+    `output` is what the trajectory itself reads and remembers: its predictions, guidance included. `guides` says how
+    many rows follow `unconditional`: one for each role of the family's guidance beside the conditional.
     """
 
     conditional: RowPlan | None
     unconditional: RowPlan | None = None
     output: RowPlan = RowPlan()
+    guides: int = 1
 
     @property
     def num_rows(self) -> int:
-        """None where the prediction is foretold, one, or two where the step is guided."""
+        """None where the prediction is foretold, one, and where the step is guided one more for each of its guides."""
         return sum(1 for _ in self)
 
     @property
@@ -143,4 +145,4 @@ class StepRows:
         return tuple(plan.asked for plan in self)
 
     def __iter__(self) -> Iterator[RowPlan]:
-        return (plan for plan in (self.conditional, self.unconditional) if plan is not None)
+        return (plan for plan in (self.conditional, *(self.unconditional,) * self.guides) if plan is not None)

@@ -24,7 +24,7 @@ from models.networks.sites import attention
 from models.request import Request, digest
 from models.resolve import resolve
 from models.reuse.compile import Known, computes, row_plan, view
-from models.reuse.plans import ROLES, Role, RowPlan
+from models.reuse.plans import Role, RowPlan
 from models.reuse.rows import Row
 from models.reuse.sites import Feature
 from models.search.attention_plan import Method, Metric, Plan
@@ -102,7 +102,7 @@ class _Search:
     window: int
     metric: Metric
     requests: str  # their digest
-    known: dict[Role, Known] = field(default_factory=lambda: {role: {} for role in ROLES})
+    known: dict[Role, Known] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -117,7 +117,7 @@ class _Search:
             "trajectories": len(self.trajectories),
             "steps": first.num_steps,
             "scheduler": type(first.scheduler).__name__,
-            "scale": first.guidance_scale,
+            "scale": first.scales.guidance,
         }
 
     def choose(self) -> tuple[Method, ...]:
@@ -146,13 +146,14 @@ class _Search:
         tick = Tick(self.backbone, self.trajectories, rows)
         predictions = tick.forward()
         for row in {row.role: row for row, _ in rows}.values():
-            self.known[row.role] |= {feature: [row.plan.step] for feature in row.plan.keep}
+            self.known.setdefault(row.role, {}).update({feature: [row.plan.step] for feature in row.plan.keep})
         for row, _ in rows:
             row.memory.forget([entry for entry in row.memory.slots if entry[1] not in self.known[row.role][entry[0]]])
         tick.step(predictions)
 
     def _output(self, methods: Sequence[Method]) -> Tensor:
-        return torch.cat(list(predict(self.backbone, self._rows(methods)).values()))
+        predictions = predict(self.backbone, self._rows(methods))
+        return torch.cat([one for rows in predictions.values() for one in rows.values()])
 
     def _computed(self, plan: RowPlan) -> frozenset[Feature]:
         """All that a later step might share."""
@@ -165,7 +166,7 @@ class _Search:
         step = self.trajectories[0].step
         rows = [(row, trajectory) for trajectory in self.trajectories for row in trajectory.rows()]
         roles = {row.role for row, _ in rows}
-        plans = {role: row_plan(sites, view(asked, role), self.known[role], step) for role in roles}
+        plans = {role: row_plan(sites, view(asked, role), self.known.get(role, {}), step) for role in roles}
         for row, _ in rows:
             row.plan = plans[row.role]
         return rows

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from models.guidance import guided
 from models.reuse.plans import Role
 from models.trajectory import Trajectory
 
@@ -22,7 +21,7 @@ def combine(trajectory: Trajectory, predictions: Mapping[Role, Tensor]) -> Tenso
 
     The second half of the channels is a learned variance, which these schedulers do not use.
     """
-    prediction = guided(predictions["conditional"], predictions.get("unconditional"), trajectory.guidance_scale)
+    prediction = trajectory.guidance.combine(predictions, trajectory.scales)
     if prediction.shape[1] != trajectory.state.shape[1]:
         prediction = prediction.chunk(2, dim=1)[0]
     return prediction

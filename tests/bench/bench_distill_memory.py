@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from models.distill.student import Pair, predict
+from models.distill.student import Pair
+from models.families.sd import SD
 from models.guidance import guided
 
 CASES = ("inference", "lora", "copy")
@@ -47,9 +48,9 @@ def work(case: str, network: Any, pair: Pair | None = None) -> list[Tensor]:
     if case == "inference":
         with torch.no_grad():
             both = {name: value.repeat(2, 1, 1) for name, value in text.items()}
-            return [predict(network, x.repeat(2, 1, 1, 1), t.repeat(2), both)]
+            return [SD.forward(network, x.repeat(2, 1, 1, 1), t.repeat(2), both)]
     if case == "lora":
-        pair = pair or Pair(network, 7.5, RANK)
+        pair = pair or Pair(SD, network, 7.5, RANK)
         target, _ = pair.teacher(x, t, text, text)
         student, parameters = pair.student(x, t, text), pair.parameters
     else:
@@ -58,9 +59,9 @@ def work(case: str, network: Any, pair: Pair | None = None) -> list[Tensor]:
         parameters = list(trained.parameters())
         with torch.no_grad():
             both = {name: value.repeat(2, 1, 1) for name, value in text.items()}
-            free, wanted = predict(network, x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+            free, wanted = SD.forward(network, x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
             target = guided(wanted, free, 7.5)
-        student = predict(trained, x, t, text)
+        student = SD.forward(trained, x, t, text)
     optimizer = torch.optim.AdamW(parameters, foreach=False)
     F.mse_loss(student, target).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
@@ -99,7 +100,7 @@ def counted(case: str) -> int:
     """Bytes of tensor storage at the peak."""
     with torch.device("meta"):
         network = unet()
-        pair = Pair(network, 7.5, RANK) if case == "lora" else None
+        pair = Pair(SD, network, 7.5, RANK) if case == "lora" else None
     with FakeTensorMode(), Peak() as peak:
         for module in network.modules():
             for name, value in module.named_parameters(recurse=False):

@@ -41,8 +41,8 @@ def main() -> None:
         if hasattr(backbone.network.module, "conv_in"):
             backbone.network.module.to(memory_format=formats[given.network_format])  # type: ignore[call-overload]
         if given.vae_dtype:
-            backbone.vae.to(getattr(torch, given.vae_dtype))
-        backbone.vae.to(memory_format=formats[given.vae_format])
+            backbone.parts.vae.to(getattr(torch, given.vae_dtype))
+        backbone.parts.vae.to(memory_format=formats[given.vae_format])
         return Model(name, known, backbone, bundled=False)
 
     @cache

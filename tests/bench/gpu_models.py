@@ -123,7 +123,7 @@ def gpu_model(name: str, device: str, dtype: str, channels_last: bool) -> Model:
     backbone = models.load(str(folder), device=device, dtype=dtype)
     if channels_last and backbone.spec.family == "unet":
         backbone.network.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        backbone.vae.to(memory_format=torch.channels_last)
+        backbone.parts.vae.to(memory_format=torch.channels_last)
     return Model(name, folder, backbone, given=_given(backbone))
 
 

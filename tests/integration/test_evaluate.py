@@ -16,6 +16,7 @@ from models import Backbone
 from models.accelerators import DeepCache
 from models.errors import RequestError
 from models.quality import evaluate
+from models.shapes.judge import ShapesJudge
 
 
 @pytest.fixture
@@ -62,11 +63,11 @@ def test_what_does_not_fit_is_said_before_anything_runs(
 
 def test_a_model_of_another_world_needs_prompts(backbone_of: Callable[..., Backbone]) -> None:
     with pytest.raises(RequestError, match="captions"):
-        evaluate(backbone_of("sd"), [[DeepCache()]], captions=4)
+        evaluate(backbone_of("sd"), [[DeepCache()]], captions=4, judge=ShapesJudge())
 
 
 def test_pictures_outside_the_world_of_shapes_are_only_compared(backbone_of: Callable[..., Backbone]) -> None:
     captions = ["a large red circle on a white background"]
-    evaluation = evaluate(backbone_of("pixart-alpha"), captions=captions, num_inference_steps=3)
+    evaluation = evaluate(backbone_of("pixart-alpha"), captions=captions, judge=ShapesJudge(), num_inference_steps=3)
     assert all(score.alignment is None and score.frechet is None for score in evaluation.scores)
     assert all(score.ssim is not None for score in evaluation.scores[1:])

@@ -67,14 +67,14 @@ def test_pickled_weights_are_refused(layout: str, part: str, copied: Callable[[s
     weights = directory / part / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ModelLoadError, match="safetensors"):
-        load(str(directory), device="cpu")
+        load(str(directory), device="cpu", dtype="float32")
 
 
 def test_missing_weights(copied: Callable[[str], Path]) -> None:
     directory = copied("sd")
     (directory / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not a tensor file")
     with pytest.raises(ModelLoadError):
-        load(str(directory), device="cpu")
+        load(str(directory), device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -97,7 +97,7 @@ def test_depth_as_a_load_option_equals_depth_skip(
     layout: str, depth: int, pipeline_dir: Directories, backbone_of: Backbones
 ) -> None:
     """The same picture from a network whose dropped modules never reached memory."""
-    small = load(str(pipeline_dir(layout)), device="cpu", depth=depth)
+    small = load(str(pipeline_dir(layout)), device="cpu", dtype="float32", depth=depth)
     whole = backbone_of(layout)
     [short] = generate(small, [request(layout)])
     [skipped] = generate(whole, [request(layout, acceleration=DepthSkip(depth=depth))])
@@ -108,19 +108,22 @@ def test_depth_as_a_load_option_equals_depth_skip(
 
 
 def test_every_depth_loads_fewer_weights(pipeline_dir: Directories, backbone_of: Backbones) -> None:
-    sizes = [load(str(pipeline_dir("sd")), device="cpu", depth=depth).weight_bytes() for depth in range(1, 10)]
+    sizes = [
+        load(str(pipeline_dir("sd")), device="cpu", dtype="float32", depth=depth).weight_bytes()
+        for depth in range(1, 10)
+    ]
     assert sizes == sorted(sizes)
     assert sizes[-1] < backbone_of("sd").weight_bytes()  # all levels, but no middle
 
 
 def test_what_a_shallow_network_cannot_do(pipeline_dir: Directories) -> None:
-    small = load(str(pipeline_dir("sd")), device="cpu", depth=3)
+    small = load(str(pipeline_dir("sd")), device="cpu", dtype="float32", depth=3)
     with pytest.raises(OutOfRange, match="branch"):
         generate(small, [request("sd", acceleration=DeepCache(branch=3))])
     with pytest.raises(ModelLoadError, match=r"0 is not in 1\.\.9"):
-        load(str(pipeline_dir("sd")), device="cpu", depth=0)
+        load(str(pipeline_dir("sd")), device="cpu", dtype="float32", depth=0)
     with pytest.raises(ModelLoadError, match="only a U-Net"):
-        load(str(pipeline_dir("dit")), device="cpu", depth=2)
+        load(str(pipeline_dir("dit")), device="cpu", dtype="float32", depth=2)
 
 
 def test_without_a_text_encoder(copied: Callable[[str], Path], backbone_of: Backbones) -> None:
@@ -128,7 +131,7 @@ def test_without_a_text_encoder(copied: Callable[[str], Path], backbone_of: Back
     shutil.rmtree(directory / "text_encoder")
     shutil.rmtree(directory / "tokenizer")
     edit(directory / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
-    backbone = load(str(directory), device="cpu")
+    backbone = load(str(directory), device="cpu", dtype="float32")
     embeds, negative = torch.randn(2, 1, 7, 32)
     given: dict[str, Any] = {"prompt": None, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
     [result] = generate(backbone, [request("sd", **given)])
@@ -145,7 +148,7 @@ def test_extras_beside_a_model(copied: Callable[[str], Path]) -> None:
     directory = copied("sd")
     extras = {"default_num_inference_steps": 3, "default_guidance_scale": 2.0, "description": "small"}
     (directory / "slipstream.json").write_text(json.dumps(extras))
-    spec = load(str(directory), device="cpu").spec
+    spec = load(str(directory), device="cpu", dtype="float32").spec
     assert (spec.default_steps, spec.default_guidance_scale, spec.description) == (3, 2.0, "small")
     assert (spec.native_width, spec.native_height, spec.size_multiple) == (32, 32, 2)
 
@@ -154,7 +157,7 @@ def test_the_default_scheduler_is_the_one_it_came_with(copied: Callable[[str], P
     directory = copied("sd")
     edit(directory / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
     edit(directory / "scheduler" / "scheduler_config.json", _class_name="EulerDiscreteScheduler")
-    backbone = load(str(directory), device="cpu")
+    backbone = load(str(directory), device="cpu", dtype="float32")
     assert backbone.spec.default_scheduler == "euler"
     [default], [euler] = (generate(backbone, [request("sd", scheduler=name)]) for name in (None, "euler"))
     assert torch.equal(default.latents, euler.latents)

@@ -73,7 +73,7 @@ def test_student_rows_equal_the_model_with_the_adapter_alone(
 ) -> None:
     pipeline = pipeline_of(layout)
     adapter = save_adapter(network_of(pipeline), tmp_path / "a", alpha=alpha, guidance_scale=4)
-    backbone = load(str(pipeline_dir(layout)), device="cpu", adapters={"a": adapter})
+    backbone = load(str(pipeline_dir(layout)), device="cpu", dtype="float32", adapters={"a": adapter})
     [result] = generate(backbone, [student(backbone)])
     expected = drawn(with_adapter(pipeline, adapter, alpha or 2))
     assert distance(result.latents, expected) <= 1e-5
@@ -98,7 +98,7 @@ def test_two_adapters_in_one_batch(pipeline_of: Pipelines, pipeline_dir: Directo
     pipeline = pipeline_of("sd")
     first = save_adapter(pipeline.unet, tmp_path / "first", guidance_scale=4)
     second = save_adapter(pipeline.unet, tmp_path / "second", alpha=9, guidance_scale=5)
-    backbone = load(str(pipeline_dir("sd")), device="cpu", adapters={"first": first, "second": second})
+    backbone = load(str(pipeline_dir("sd")), device="cpu", dtype="float32", adapters={"first": first, "second": second})
     requests = [student(backbone, acceleration=CfgStudent(adapter=n)) for n in ("second", "first")]
     results = generate(backbone, [requests[0], base(), requests[1]])
     expected = [with_adapter(pipeline, second), pipeline, with_adapter(pipeline, first)]
@@ -193,4 +193,4 @@ def test_pickles_and_absent_files_are_refused(pipeline_dir: Directories, tmp_pat
     torch.save({"x": torch.ones(1)}, tmp_path / "pickle.safetensors")
     for file in ("pickle.safetensors", "absent.safetensors"):
         with pytest.raises(ModelLoadError, match="not a safetensors file"):
-            load(str(pipeline_dir("sd")), device="cpu", adapters={"a": tmp_path / file})
+            load(str(pipeline_dir("sd")), device="cpu", dtype="float32", adapters={"a": tmp_path / file})

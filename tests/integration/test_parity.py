@@ -197,7 +197,7 @@ def test_resolution_conditions(pipeline_dir: Callable[[str], Path]) -> None:
     """PixArt-α at 1024 pixels is told the size of the picture."""
     directory = str(pipeline_dir("pixart-alpha-1024"))
     options: dict[str, Any] = {"width": 48, "height": 32}
-    [result] = generate(load(directory, device="cpu"), [request("pixart-alpha", True, 1, **options)])
+    [result] = generate(load(directory, device="cpu", dtype="float32"), [request("pixart-alpha", True, 1, **options)])
     pipeline = PixArtAlphaPipeline.from_pretrained(directory)
     assert same(result, by_pipeline(pipeline, "ddim", **options, **inputs("pixart-alpha", True, 1)))
 
@@ -208,7 +208,7 @@ def test_zero_terminal_snr(name: str, pipeline_dir: Callable[[str], Path], tmp_p
     file = directory / "scheduler" / "scheduler_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}))
-    [result] = generate(load(str(directory), device="cpu"), [request("sd", True, 1, scheduler=name)])
+    [result] = generate(load(str(directory), device="cpu", dtype="float32"), [request("sd", True, 1, scheduler=name)])
     pipeline = StableDiffusionPipeline.from_pretrained(directory, safety_checker=None)
     assert same(result, by_pipeline(pipeline, name, **inputs("sd", True, 1)))
 

@@ -95,7 +95,7 @@ async def test_non_finite_latents_fail_alone(student_of: Model, monkeypatch: pyt
     original = Trajectory.moved
 
     def moved(self: Trajectory, state: torch.Tensor) -> None:
-        original(self, state * float("nan") if self.guidance_scale == 6.5 else state)
+        original(self, state * float("nan") if self.scales.guidance == 6.5 else state)
 
     monkeypatch.setattr(Trajectory, "moved", moved)
     async with serving({"sd": student_of("sd")}) as served:

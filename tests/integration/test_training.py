@@ -44,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_stage_from_nothing_to_a_servable_model(trained: Path) -> None:
     model = trained / "out" / "shapes-dit"
-    assert models.load(str(model), device="cpu").spec.depth == 12
+    assert models.load(str(model), device="cpu", dtype="float32").spec.depth == 12
     facts = json.loads((model / "training.json").read_text())
     assert (facts["steps"], facts["batch"], facts["scenes"], facts["captions"]) == (4, 4, 8, 2)
     assert "10% make one false claim" in (model / "README.md").read_text()

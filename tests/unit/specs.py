@@ -28,6 +28,7 @@ def unet_spec(depth: int = 12, **changes: Any) -> ModelSpec:
         native_width=512,
         native_height=512,
         schedulers=SCHEDULERS,
+        inputs=frozenset({"negative_prompt", "prompt_embeds", "negative_prompt_embeds"}),
         adapters={"student": AdapterInfo("student", 4.0, rank=4, parameters=100)},
     )
     return replace(spec, **changes)

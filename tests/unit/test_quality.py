@@ -19,11 +19,13 @@ from models.quality import metrics
 from models.quality.cases import ZerosInMemory, cases, cost, defaults
 from models.reuse.plans import Zeros
 from models.shapes import classifier
+from models.shapes.judge import ShapesJudge
 from models.shapes.pictures import to_tensor
 from models.shapes.shapes import Scene, Thing, render, sample_scenes
 
 SCENES = list(islice(sample_scenes(3, held_out=True), 64))
 CAPTIONS = [scene.caption for scene in SCENES]
+JUDGE = ShapesJudge()
 PICTURES = [render(scene, random.Random(i)) for i, scene in enumerate(SCENES)]
 
 
@@ -39,14 +41,16 @@ def test_ssim_is_one_only_for_the_same_picture() -> None:
 
 
 def test_alignment_of_true_and_of_shuffled_captions() -> None:
-    true, false = (metrics.alignment(PICTURES, c) for c in (CAPTIONS, CAPTIONS[1:] + CAPTIONS[:1]))
-    assert true is not None and true["all"] >= 0.98  # noqa: PT018
-    assert false is not None and false["all"] <= 0.02  # noqa: PT018
+    true, false = (JUDGE.alignment(PICTURES, c) for c in (CAPTIONS, CAPTIONS[1:] + CAPTIONS[:1]))
+    assert true["all"] >= 0.98
+    assert false["all"] <= 0.02
 
 
-def test_alignment_is_not_asked_outside_the_world_of_shapes() -> None:
-    assert metrics.alignment(PICTURES[:1], ["an astronaut on a horse"]) is None
-    assert metrics.alignment([Image.new("RGB", (32, 32))], CAPTIONS[:1]) is None
+def test_the_judge_of_shapes_reads_its_own_world_only() -> None:
+    assert JUDGE.reads(PICTURES, CAPTIONS)
+    assert not JUDGE.reads(PICTURES[:1], ["an astronaut on a horse"])
+    assert not JUDGE.reads([Image.new("RGB", (32, 32))], CAPTIONS[:1])
+    assert not JUDGE.reads([], [])
 
 
 def test_frechet_distance_of_known_gaussians() -> None:
@@ -66,7 +70,7 @@ def test_the_shipped_classifier_reads_scenes_it_never_saw() -> None:
 
 def test_features_tell_wrong_pictures_from_right_ones() -> None:
     reader = classifier.load()
-    reference = classifier.features(reader, metrics.rendered(CAPTIONS, 512))
+    reference = classifier.features(reader, JUDGE.true_pictures(CAPTIONS, 512))
     true = metrics.frechet(classifier.features(reader, PICTURES), reference)
     blank = [Image.new("RGB", (64, 64), (245, 245, 245))] * 64
     assert true < 0.25 * metrics.frechet(classifier.features(reader, blank), reference)

@@ -37,7 +37,14 @@ from tests.unit.specs import dit_spec, unet_spec
 
 CONFIG = DDIMScheduler().config
 UNET, DIT = unet_spec(), dit_spec(depth=2)
-CLASSES = dit_spec(layout="dit", num_classes=1000, has_text_encoder=False)
+CLASSES = dit_spec(
+    takes="class_label",
+    inputs=frozenset({"class_label"}),
+    square=True,
+    image_to_image=False,
+    num_classes=1000,
+    has_text_encoder=False,
+)
 SILENT = unet_spec(has_text_encoder=False)
 ZERO_SNR = unet_spec(schedulers=supported({"rescale_betas_zero_snr": True}))
 TWO_STUDENTS = unet_spec(adapters={n: AdapterInfo(n, 4.0, 4, 100) for n in ("first", "second")})

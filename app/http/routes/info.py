@@ -106,7 +106,6 @@ def _fits(mode: str, spec: ModelSpec) -> bool:
 def model_body(name: str, default: bool, created: int, engine: Engine) -> ModelBody:
     """Everything that a request may ask of a model."""
     spec = engine.backbones[name].spec
-    by_class = spec.layout == "dit"
     return ModelBody(
         id=name,
         created=created,
@@ -121,9 +120,9 @@ def model_body(name: str, default: bool, created: int, engine: Engine) -> ModelB
         default_guidance_scale=spec.default_guidance_scale,
         default_scheduler=spec.default_scheduler,
         schedulers=list(spec.schedulers),
-        conditioning="class" if by_class else "text",
+        conditioning="class" if spec.takes == "class_label" else "text",
         num_classes=spec.num_classes,
-        image_to_image=not by_class,
+        image_to_image=spec.image_to_image,
         accelerators=[accelerator_body(mode, {name: spec}) for mode in REGISTRY if _fits(mode, spec)],
         adapters=[
             AdapterBody(

@@ -1,0 +1,164 @@
+"""What a family is: one object that holds all that differs from one kind of model to another."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from models.errors import ModelLoadError
+from models.families import vae
+from models.families.configs import Values, refused
+from models.families.prompts import PromptCache
+from models.guidance import Guidance
+from models.networks.base import Network
+from models.request import Run
+from models.reuse.plans import Role
+from models.reuse.rows import Conditioning
+from models.spec import NetworkKind, Takes
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a family works with once its model is loaded: diffusers' pipeline, its network's config, and the prompts."""
+
+    pipeline: Any
+    config: Mapping[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    text_tokens: int = 0  # of a padded prompt
+    prompts: PromptCache = field(default_factory=PromptCache)
+
+    @property
+    def vae(self) -> Any:
+        """diffusers' VAE."""
+        return self.pipeline.vae
+
+    def encoders(self) -> list[nn.Module]:
+        """The text encoders that the pipeline has."""
+        names = (name for name in self.pipeline.components if name.startswith("text_encoder"))
+        return [encoder for name in names if (encoder := getattr(self.pipeline, name)) is not None]
+
+
+class Family(ABC):
+    """One kind of model. Subclasses give the class variables and the abstract methods; the rest are what most share."""
+
+    name: ClassVar[str]
+    """What the API calls it (`layout`)."""
+    pipelines: ClassVar[tuple[str, ...]]
+    """diffusers' pipeline classes that it loads."""
+    network_class: ClassVar[str]
+    """diffusers' class of its network, which lies in the folder `part`."""
+    part: ClassVar[str]
+    kind: ClassVar[NetworkKind]
+    """Which accelerators apply."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Parts that a directory may leave out: requests then bring along what they would have made."""
+    unused: ClassVar[Mapping[str, Any]] = {}
+    """Parts and settings of the pipeline that are replaced at loading."""
+    implements: ClassVar[Mapping[str, Values]]
+    """Keys of the network's config; `settings`: keys of the pipeline's own."""
+    settings: ClassVar[Mapping[str, Values]] = {}
+    guidance: ClassVar[Guidance]
+    default_guidance_scale: ClassVar[float]
+    """What diffusers' pipeline defaults to."""
+    usual_text_tokens: ClassVar[int] = 0
+    """The length of its prompts, where no pipeline says so."""
+    takes: ClassVar[Takes] = "prompt"
+    inputs: ClassVar[frozenset[str]] = frozenset()
+    """Fields of a request in place of text, or beside it, that have a meaning here; others are refused."""
+    square: ClassVar[bool] = False
+    image_to_image: ClassVar[bool] = True
+
+    # Loading
+
+    def check(self, index: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Hold a pipeline's index and its network's config against what is implemented, before a weight is read.
+
+        Raises `ModelLoadError` with the key and its value.
+        """
+        if (found := config.get("_class_name")) != self.network_class:
+            raise ModelLoadError(f"{self.part}: {found} is not this family's {self.network_class}")
+        plain = {key: value for key, value in index.items() if not isinstance(value, list | tuple)}
+        bad = refused(plain, str(index.get("_class_name")), self.settings)
+        if bad is not None:
+            raise ModelLoadError(f"model_index.json: {bad} is not implemented for {self.name}")
+        if (bad := self.refused(config)) is not None:
+            raise ModelLoadError(f"{self.part}/config.json: {bad} is not implemented for {self.name}")
+
+    def refused(self, config: Mapping[str, Any]) -> str | None:
+        """The first key and value of a network's config that are not implemented."""
+        return refused(config, self.network_class, self.implements)
+
+    def check_latents(self, config: Mapping[str, Any], latent_channels: int) -> None:
+        """Hold the network's channels against the VAE's. Raises `ModelLoadError`."""
+        if config["in_channels"] != latent_channels:
+            reason = f"in_channels = {config['in_channels']} are not the {latent_channels} of the VAE's latents"
+            raise ModelLoadError(f"{self.part}/config.json: {reason}, which is not implemented for {self.name}")
+
+    def pipeline(self, class_name: str) -> Any:
+        """The class that reads the files."""
+        return getattr(diffusers, class_name)
+
+    @abstractmethod
+    def network(self, module: Any) -> Network:
+        """A freshly loaded diffusers network as one that serves rows."""
+
+    def text_tokens(self, pipeline: Any) -> int:
+        """The length that prompts are padded to."""
+        return self.usual_text_tokens
+
+    def facts(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What a `ModelSpec` says of a network with this config beyond what it says of all."""
+        return {"patch_size": 1}
+
+    # Requests
+
+    def prompts(self, parts: Parts, run: Run) -> list[str]:
+        """The texts that `conditioning` will encode; several runs' are encoded as one batch beforehand."""
+        return []
+
+    def encode(self, parts: Parts, texts: Sequence[str]) -> list[Conditioning]:
+        """Texts to [1, ...] tensors."""
+        raise NotImplementedError(f"{self.name} has no text encoder")
+
+    @abstractmethod
+    def conditioning(self, parts: Parts, run: Run) -> dict[Role, Conditioning]:
+        """What each row of a run is conditioned on, of [1, ...] tensors; every role has the same names.
+
+        Roles other than the conditional only where the run is guided. Raises a `RequestError` that names the field.
+        """
+
+    def group(self, conditioning: Mapping[Role, Conditioning]) -> Hashable:
+        """Equal for runs whose rows may share a forward without one changing another's result."""
+        shapes = {(name, tuple(t.shape)) for one in conditioning.values() for name, t in one.items()}
+        return tuple(sorted(shapes))
+
+    # Latents and pixels
+
+    def to_vae(self, latents: Tensor, config: Any) -> Tensor:
+        """The network's latents to the VAE's own, as diffusers' pipeline scales them."""
+        return latents / config.scaling_factor  # type: ignore[no-any-return]
+
+    def from_vae(self, latents: Tensor, config: Any) -> Tensor:
+        """The VAE's latents to the network's."""
+        return config.scaling_factor * latents  # type: ignore[no-any-return]
+
+    def decode(self, parts: Parts, latents: Tensor) -> Tensor:
+        """The network's latents [images, channels, h, w] to pixels [images, height, width, 3] as bytes."""
+        return vae.decode(parts.vae, self.to_vae(latents, parts.vae.config))
+
+    # Costs and training
+
+    @abstractmethod
+    def dummy(self, config: Mapping[str, Any], rows: int, text_tokens: int) -> Conditioning:
+        """Conditioning of the right shapes for a network with this config; on the meta device."""
+
+    def forward(self, module: Any, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """diffusers' own forward of the network, with gradient, for distilling."""
+        raise NotImplementedError(f"{self.name} cannot be distilled")

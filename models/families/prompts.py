@@ -1,0 +1,62 @@
+"""Encoded prompts that are kept, bounded in bytes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from threading import Lock
+
+from models.reuse.rows import Conditioning
+
+MOST_BYTES = 256 * 2**20
+"""A T5 prompt of 300 tokens is 2.4 MB in bfloat16, a CLIP one 0.1 MB."""
+
+Encode = Callable[[list[str]], Conditioning]
+"""Texts to tensors [texts, ...]."""
+
+
+class PromptCache:
+    """The prompts that were asked for last, encoded, up to `max_bytes` on the device. Safe on any thread."""
+
+    def __init__(self, max_bytes: int = MOST_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._kept: OrderedDict[str, Conditioning] = OrderedDict()  # the newest last
+        self._bytes = 0
+        self._lock = Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept."""
+        return self._bytes
+
+    def encode(self, texts: Sequence[str], encode: Encode) -> list[Conditioning]:
+        """Each text as [1, ...] tensors in a dict of its own; those not kept are encoded as one batch."""
+        with self._lock:
+            found = {text: self._kept[text] for text in texts if text in self._kept}
+        missing = [text for text in dict.fromkeys(texts) if text not in found]
+        if missing:
+            batch = encode(missing)
+            found |= {text: {k: v[i : i + 1].clone() for k, v in batch.items()} for i, text in enumerate(missing)}
+        with self._lock:
+            for text in texts:
+                self._keep(text, found[text])
+        return [dict(found[text]) for text in texts]
+
+    def release(self) -> None:
+        """Forget everything, for when the device has no memory left."""
+        with self._lock:
+            self._kept.clear()
+            self._bytes = 0
+
+    def _keep(self, text: str, encoded: Conditioning) -> None:
+        if text not in self._kept:
+            self._kept[text] = encoded
+            self._bytes += _size(encoded)
+        self._kept.move_to_end(text)
+        while self._bytes > self.max_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _size(oldest)
+
+
+def _size(encoded: Conditioning) -> int:
+    return sum(tensor.nbytes for tensor in encoded.values())

@@ -1,0 +1,74 @@
+"""What the families with a `UNet2DConditionModel` share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from models.families.configs import ANY, Values
+from models.networks.attention import install
+from models.networks.unet import UNet
+from models.reuse.rows import Conditioning
+
+CLASS = UNet2DConditionModel.__name__
+
+IMPLEMENTS: dict[str, Values] = {
+    "sample_size": ANY,
+    "in_channels": ANY,  # held against the VAE's latents
+    "out_channels": ANY,
+    "center_input_sample": ANY,
+    "flip_sin_to_cos": ANY,
+    "freq_shift": ANY,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "only_cross_attention": (False,),
+    "block_out_channels": ANY,
+    "layers_per_block": ANY,
+    "downsample_padding": ANY,
+    "mid_block_scale_factor": ANY,
+    "dropout": ANY,
+    "act_fn": ANY,
+    "norm_num_groups": ANY,
+    "norm_eps": ANY,
+    "cross_attention_dim": ANY,
+    "transformer_layers_per_block": ANY,
+    "reverse_transformer_layers_per_block": ANY,
+    "attention_head_dim": ANY,
+    "dual_cross_attention": (False,),
+    "use_linear_projection": ANY,
+    "upcast_attention": ANY,  # of no effect in diffusers' fused attention either
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "conv_in_kernel": ANY,
+    "conv_out_kernel": ANY,
+    "addition_embed_type_num_heads": ANY,
+}
+"""What `models.networks.unet` runs. A key that is not here must have diffusers' default, which changes nothing: so no
+`time_cond_proj_dim` (the scale embedded, as in LCM), `class_embed_type`, `encoder_hid_dim_type`, `attention_type` …"""
+
+
+def wrapped(module: Any) -> UNet:
+    """A freshly loaded U-Net as one that serves rows."""
+    install(module)
+    return UNet(module)
+
+
+def forward(module: Any, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    """diffusers' own forward, with gradient."""
+    added = {name: tensor for name, tensor in conditioning.items() if name != "encoder_hidden_states"}
+    prediction: Tensor = module(
+        x,
+        timestep=t,
+        encoder_hidden_states=conditioning["encoder_hidden_states"],
+        added_cond_kwargs=added or None,
+        return_dict=False,
+    )[0]
+    return prediction
+
+
+def text(rows: int, tokens: int, dim: int) -> Conditioning:
+    """Embedded prompts on the meta device."""
+    return {"encoder_hidden_states": torch.empty(rows, tokens, dim, device="meta")}
