@@ -149,23 +149,41 @@ def test_a_transformer_is_counted_to_the_unit() -> None:
     assert macs(small, num_inference_steps=1).row == tokens * dim * (4 * 2 * 2) + depth * block + head
 
 
+class Meeting(nn.Module):
+    """A module that two threads are always in at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.barrier = threading.Barrier(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Wait for the other thread, then compute."""
+        self.barrier.wait(20)
+        return x @ x
+
+
 def test_the_work_of_other_threads_is_not_counted_nor_disturbed() -> None:
     tiny = {**DIT_XL, "num_layers": 1, "num_attention_heads": 1}
     alone = macs(tiny, num_inference_steps=1).row
-    other, stop, faults = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), threading.Event(), []
+    meeting, done, faults = Meeting(), threading.Event(), []
 
     def work() -> None:
         try:
-            while not stop.is_set():
-                other(torch.zeros(64, 64))
+            while not done.is_set():
+                meeting(torch.ones(8, 8))
+        except threading.BrokenBarrierError:
+            return  # the other one is done
         except Exception as error:
             faults.append(error)
+        meeting.barrier.abort()
 
-    thread = threading.Thread(target=work)
-    thread.start()
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
     try:
         assert macs(tiny, num_inference_steps=1).row == alone
     finally:
-        stop.set()
-        thread.join()
+        done.set()
+        for thread in threads:
+            thread.join()
     assert not faults
