@@ -156,7 +156,7 @@ def test_counting_puts_no_hook_on_the_forwards_of_other_threads() -> None:
 
     def look() -> None:
         while not done.is_set():
-            hooked.append(module._has_any_global_hook())  # type: ignore[no-untyped-call]
+            hooked.append(bool(module._has_any_global_hook()))  # type: ignore[no-untyped-call]
             ready.set()
 
     thread = threading.Thread(target=look)

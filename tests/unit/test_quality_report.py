@@ -97,7 +97,7 @@ def test_frechet_distance_of_gaussians_that_lean_differently() -> None:
     b = b + 2.0
     first, second = (np.cov(t.numpy(), rowvar=False) for t in (a, b))
 
-    def root(matrix: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def root(matrix: np.ndarray) -> np.ndarray:
         values, vectors = np.linalg.eigh(matrix)
         return vectors * np.sqrt(values.clip(min=0)) @ vectors.T  # type: ignore[no-any-return]
 
