@@ -71,11 +71,10 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 @asynccontextmanager
-async def serving(
-    backbones: Mapping[str, Backbone], clock: Callable[[], float] | None = None, **settings: Any
-) -> AsyncIterator[Served]:
+async def serving(backbones: Mapping[str, Backbone], **settings: Any) -> AsyncIterator[Served]:
     """The app with its lifespan, ready; its engine goes by `clock` where one is given."""
     options = {"torch_threads": 1, "max_rows": 8, **settings}
+    clock = options.pop("clock", None)
     app = create_app(Settings(model=tuple(backbones), **options), backbones)
     app.state.engine.clock = clock or app.state.engine.clock
     async with app.router.lifespan_context(app):

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from app.engine import decoder, loading
 from app.engine.loading import load_all, warm_all
-from app.engine.pace import Pace
-from app.http import generation, middleware
+from app.http import generation, middleware, pictures
 from app.http.main import create_app
 from app.metrics import Metrics
 from app.settings import Settings
@@ -99,7 +98,7 @@ def priced(backbone: Backbone, clock: Clock, price: float | Callable[[int], floa
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     """The clock of the whole server; decoding and the writing of files take their time on it."""
     clock = Clock()
-    write = generation.encode
+    write = pictures.encode
 
     def decoded(*arguments: Any) -> Any:
         clock.now += DECODE
@@ -157,7 +156,7 @@ def test_every_duration_is_in_seconds_and_of_its_own_stage(student_of: Model, cl
 
     @aio
     async def test() -> None:
-        async with serving({"sd": backbone}, clock) as served:
+        async with serving({"sd": backbone}, clock=clock) as served:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(backbone.conditioner, "encode", encoded)
                 answer = (await served.post(num_images=2, num_inference_steps=3)).json()
@@ -188,7 +187,9 @@ def test_every_duration_is_in_seconds_and_of_its_own_stage(student_of: Model, cl
 def test_the_queue_is_timed_from_acceptance_to_the_first_tick(student_of: Model, clock: Clock) -> None:
     @aio
     async def test() -> None:
-        async with serving({"sd": priced(student_of("sd"), clock, 0.125)}, clock, max_rows=2, max_queue=13) as served:
+        async with serving(
+            {"sd": priced(student_of("sd"), clock, 0.125)}, clock=clock, max_rows=2, max_queue=13
+        ) as served:
             clock.hold()
             first = asyncio.ensure_future(served.post(num_inference_steps=3))
             await served.until(lambda: clock.at_gate == 1)
@@ -223,7 +224,7 @@ def test_a_tick_is_counted_by_its_rows_and_by_its_different_plans(student_of: Mo
 
     @aio
     async def test() -> None:
-        async with serving({"sd": priced(student_of("sd"), clock, 0.125)}, clock) as served:
+        async with serving({"sd": priced(student_of("sd"), clock, 0.125)}, clock=clock) as served:
             clock.hold()
             posts = [asyncio.ensure_future(served.post(num_inference_steps=4))]
             await served.until(lambda: clock.at_gate == 1)
@@ -339,7 +340,7 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
     @aio
     async def test() -> None:
         usages, spent = [], []
-        async with serving(models, clock, max_queue=7) as served:
+        async with serving(models, clock=clock, max_queue=7) as served:
             clock.batches.clear()
             for body, *_ in asked:
                 began = clock.now
@@ -400,14 +401,14 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
             "denoise_steps_total dit delta_dit full": 2 * 2,
             "denoise_steps_total dit delta_dit reduced": 2 * 2,
         }
-        rows = {"sd": sum(r * n for _, _, _, r, n, _ in of_sd) + 4, "dit": 16}
+        row_counts = {"sd": sum(r * n for _, _, _, r, n, _ in of_sd) + 4, "dit": 16}
         ticks = {"sd": sum(steps for _, _, steps, *_ in of_sd) + 1, "dit": 4}
         assert part(found, "tick_rows_sum", "tick_rows_count") == {
-            **{f"tick_rows_sum {name}": value for name, value in rows.items()},
+            **{f"tick_rows_sum {name}": value for name, value in row_counts.items()},
             **{f"tick_rows_count {name}": value for name, value in ticks.items()},
         }
-        assert found["tick_duration_seconds_sum sd"] == rows["sd"] * 0.125
-        assert found["tick_duration_seconds_sum dit"] == rows["dit"] * 0.5
+        assert found["tick_duration_seconds_sum sd"] == row_counts["sd"] * 0.125
+        assert found["tick_duration_seconds_sum dit"] == row_counts["dit"] * 0.5
         assert found["tick_plans_sum sd"] == ticks["sd"]
         assert part(found, "queue_duration_seconds_count") == {
             "queue_duration_seconds_count sd": 8,
@@ -417,7 +418,7 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
         assert stages == {
             f"stage_duration_seconds_count {stage}": 9 for stage in ("encode", "denoise", "decode", "serialize")
         }
-        assert sum(clock.batches) == rows["sd"] + rows["dit"]
+        assert sum(clock.batches) == row_counts["sd"] + row_counts["dit"]
         for name in ("requests_running", "requests_waiting", "requests_rejected_total", "requests_cancelled_total"):
             assert not part(found, name), name
         assert found["queue_capacity"] == 7
@@ -432,7 +433,7 @@ def test_retry_after_is_what_is_left_by_the_rows_and_is_looked_at_anew(
 
     @aio
     async def test() -> None:
-        async with serving(models, clock, max_rows=2, max_queue=2) as served:
+        async with serving(models, clock=clock, max_rows=2, max_queue=2) as served:
             # What loading measured and what ticks of one, two and six rows teach is the same: a price a row.
             assert served.engine.pace.predict([("sd", 1)]) == 0.125
             await served.post(num_images=3, acceleration={"mode": "cfg_student"})
@@ -515,9 +516,14 @@ def test_features_are_counted_in_bytes_by_model_while_they_are_held(student_of: 
 
     @aio
     async def test() -> None:
-        async with serving({"sd": priced(backbone, clock, 0.125, real=True)}, clock) as served:
+        async with serving({"sd": priced(backbone, clock, 0.125, real=True)}, clock=clock) as served:
             clock.hold()
-            body = {"width": 48, "height": 32, "num_images": 2, "acceleration": {"mode": "deepcache", "interval": 3}}
+            body: dict[str, Any] = {
+                "width": 48,
+                "height": 32,
+                "num_images": 2,
+                "acceleration": {"mode": "deepcache", "interval": 3},
+            }
             post = asyncio.ensure_future(served.post(**body))
             await served.until(lambda: clock.at_gate == 1)
             assert clock.gate is not None
@@ -539,7 +545,7 @@ def tensor_bytes(folder: Path) -> int:
 
 def test_weights_are_told_apart_in_bytes_and_loading_in_seconds(
     pipeline_dir: Callable[[str], Path],
-    pipeline_of: Model,
+    pipeline_of: Callable[..., Any],
     tmp_path: Path,
     clock: Clock,
     monkeypatch: pytest.MonkeyPatch,

@@ -124,7 +124,7 @@ def test_words_for_a_terminal_and_json_for_machines(
     ends = os.openpty() if terminal else os.pipe()
     with os.fdopen(ends[0], "rb", buffering=0) as out, os.fdopen(ends[1], "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
-        configure(Settings(log_format=form))  # type: ignore[arg-type]
+        configure(Settings(log_format=form))
         logs.SERVER.info("here")
         line = out.read(1000).decode()
     assert bool(re.fullmatch(r"\d\d:\d\d:\d\d INFO    here\r?\n", line)) == human
@@ -140,7 +140,7 @@ class Watched:
         self.now = 100.0
         patch.setattr(middleware, "time", SimpleNamespace(monotonic=lambda: self.now))
         handler = logging.Handler()
-        handler.emit = lambda one: self.lines.append((one.levelno, one.getMessage(), one.facts))  # type: ignore[method-assign,attr-defined]
+        handler.emit = lambda one: self.lines.append((one.levelno, one.getMessage(), one.facts))  # type: ignore[method-assign,assignment,attr-defined]
         patch.setattr(REQUESTS, "handlers", [handler])
         patch.setattr(REQUESTS, "propagate", False)
         patch.setattr(REQUESTS, "level", logging.DEBUG)
@@ -166,7 +166,7 @@ class Watched:
             sent.append(message)
 
         whole = {"type": "http", "method": "POST", "path": path, "headers": [(b"x-request-id", b"mine")], **scope}
-        call: Awaitable[None] = Observe(app, self.metrics, cors=False)(whole, receive, send)  # type: ignore[arg-type]
+        call: Awaitable[None] = Observe(app, self.metrics, cors=False)(whole, receive, send)
         await call
         return sent
 

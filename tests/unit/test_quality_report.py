@@ -74,11 +74,30 @@ def noisy(seed: int) -> Image.Image:
 
 def test_psnr_and_ssim_by_their_formulas() -> None:
     one, other = noisy(1), noisy(2)
+    a, b = (np.asarray(picture, dtype=np.float64) for picture in (one, other))
+    assert metrics.psnr(one, other) == pytest.approx(10 * np.log10(255**2 / ((a - b) ** 2).mean()))
+    x, y = (np.lib.stride_tricks.sliding_window_view(t, (7, 7), axis=(0, 1)) for t in (a, b))
+    axes, unbiased = (-2, -1), 49 / 48
+    mx, my = x.mean(axes), y.mean(axes)
+    vx, vy = x.var(axes) * unbiased, y.var(axes) * unbiased
+    shared = ((x * y).mean(axes) - mx * my) * unbiased
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    index = (2 * mx * my + c1) * (2 * shared + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    assert metrics.ssim(one, other) == pytest.approx(index.mean(), rel=1e-6)
+
+
+def test_likeness_is_never_more_than_a_hundred_decibels() -> None:
+    one = Image.new("RGB", (64, 64), "black")
+    assert metrics.psnr(one, one) == 100.0
+
+
+def test_frechet_distance_of_gaussians_that_lean_differently() -> None:
+    draw = torch.Generator().manual_seed(3)
     a, b = (torch.randn(2, 50, 4, generator=draw) @ torch.randn(2, 4, 4, generator=draw)).double()
     b = b + 2.0
     first, second = (np.cov(t.numpy(), rowvar=False) for t in (a, b))
 
-    def root(matrix: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def root(matrix: np.ndarray) -> np.ndarray:
         values, vectors = np.linalg.eigh(matrix)
         return vectors * np.sqrt(values.clip(min=0)) @ vectors.T  # type: ignore[no-any-return]
 
