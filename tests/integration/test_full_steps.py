@@ -225,6 +225,15 @@ def test_an_attention_that_waits_neither_reads_nor_refreshes(backbone_of: Backbo
     assert held(backbone, [delta, plan(backbone, table)], 4) == [after_0, after_1, effect, 0]
 
 
+def test_nothing_is_remembered_for_a_block_that_waits(backbone_of: Backbones) -> None:
+    """Blocks 4 and 5 wait at odd steps, where the others attend in a window and share."""
+    backbone = backbone_of("dit")
+    delta = DeltaDiT(interval=2, blocks=2, boundary=4)
+    table: list[list[Method]] = [["full"] * 6, ["wa-rs"] * 6, ["full"] * 6, ["ast"] * 6]
+    four_and_an_effect = (4 + 1) * 2 * TOKENS
+    assert held(backbone, [delta, plan(backbone, table)], 4) == [four_and_an_effect, 0, four_and_an_effect, 0]
+
+
 def test_the_last_images_of_a_run_are_its_own(backbone_of: Backbones) -> None:
     """Several images under a cache, each with its memory."""
     wanted: dict[str, Any] = {"prompt": "a ring", "num_inference_steps": 4, "acceleration": DeepCache(interval=2)}
