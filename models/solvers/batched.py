@@ -73,8 +73,7 @@ def pack(moves: Sequence[Move], dtype: torch.dtype, device: torch.device) -> Pac
     sources, held = np.empty((count, size), whole), 0
     scalars = np.empty((4, count), real)  # time, scale of the input, preview
     for i, move in enumerate(moves):
-        table, n, own = move.table, move.step, move.table.registers
-        numbers = table.coefficients.numpy()[n]
+        numbers, own = move.table.host[0][move.step], move.table.registers
         coefficients[i, :own, :own] = numbers[:, :own]
         coefficients[i, :own, size:] = numbers[:, own:]
         rows[i] = move.predictions[0][0]  # what a missing role reads, with weight zero
@@ -83,13 +82,13 @@ def pack(moves: Sequence[Move], dtype: torch.dtype, device: torch.device) -> Pac
         sources[i] = held  # what a missing register reads, with coefficient zero
         sources[i, :own] += np.arange(own, dtype=whole)
         held += move.registers
-        scalars[:, i] = (table.timesteps.numpy()[n], table.input_scale.numpy()[n], *table.preview.numpy()[n])
+        scalars[:, i] = move.table.host[1][move.step]
     # Integers travel as the bits of reals of their size, so that there is one tensor to upload.
     blocks = [coefficients, weights, scalars, rows.view(real), owners.view(real), sources.view(real)]
     sent = torch.from_numpy(np.concatenate([block.ravel() for block in blocks]))
     if device.type == "cuda":
         sent = sent.pin_memory()
-    parts = sent.to(device, non_blocking=True).split([block.size for block in blocks])
+    parts = torch.split_with_sizes(sent.to(device, non_blocking=True), [block.size for block in blocks])
     integer = torch.int64 if dtype == torch.float64 else torch.int32
     return Packed(
         coefficients=parts[0].view(count, size, size + 2),
@@ -116,7 +115,8 @@ def stack(states: Sequence[Tensor], packed: Packed) -> Tensor:
     """
     if packed.sources is None:
         return torch.stack(tuple(states))
-    return torch.cat(tuple(states)).index_select(0, packed.sources).unflatten(0, packed.coefficients.shape[:2])
+    registers = torch.cat(tuple(states)).index_select(0, packed.sources)
+    return registers.view(*packed.coefficients.shape[:2], *states[0].shape[1:])
 
 
 def model_input(state: Tensor, input_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,7 +136,7 @@ def combine(predictions: Tensor, packed: Packed, channels: int) -> Tensor:
     if predictions.shape[1] == 2 * channels:
         predictions = predictions[:, :channels]
     rows, weights = packed.rows.t(), packed.weights.t()  # [roles, trajectories]
-    by_role = predictions.index_select(0, rows.reshape(-1)).unflatten(0, rows.shape)
+    by_role = predictions.index_select(0, rows.reshape(-1)).view(*rows.shape, *predictions.shape[1:])
     return _weighted_sum(by_role.to(weights.dtype).unbind(), weights.unbind())
 
 
@@ -184,10 +184,8 @@ def _weighted_sum(operands: Sequence[Tensor], weights: Sequence[Tensor]) -> Tens
 
     Weights without an operand are left out.
     """
-    total: Tensor | None = None
-    for operand, weight in zip(operands, weights, strict=False):
-        factor = weight[..., None, None, None]
-        total = operand * factor if total is None else total.addcmul_(operand, factor)
-    if total is None:
-        raise ValueError("nothing to sum")
+    (operand, weight), *rest = zip(operands, weights, strict=False)
+    total = operand * weight[..., None, None, None]
+    for operand, weight in rest:
+        total.addcmul_(operand, weight[..., None, None, None])
     return total
