@@ -343,16 +343,17 @@ def test_tables_are_shared_by_content() -> None:
 
 
 def test_noise_levels_tell_schedules_apart() -> None:
-    """Flow matching with dynamic shifting: one config, and levels that depend on the image's size."""
+    """Flow matching takes its levels from the pipeline: with one config and the same times they may differ."""
     tables = []
-    for mu in (0.5, 1.1):
-        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-        scheduler.set_timesteps(5, mu=mu)
+    for levels in ([1.0, 0.7, 0.2], [0.9, 0.5, 0.1]):
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=levels, timesteps=[1000.0, 600.0, 300.0])
         scheduler.set_begin_index(0)
         tables.append(table(NoiseSchedule(scheduler, scheduler.timesteps, 0)))
-        levels = scheduler.sigmas.double()
-        torch.testing.assert_close(tables[-1].coefficients[:, 0, 1], levels[1:] - levels[:-1], rtol=0, atol=1e-7)
-    assert not torch.equal(tables[0].coefficients, tables[1].coefficients)
+        after = [*levels[1:], 0.0]
+        expected = [b - a for a, b in zip(levels, after, strict=True)]
+        assert tables[-1].coefficients[:, 0, 1].tolist() == pytest.approx(expected, abs=1e-7)
+    assert torch.equal(tables[0].timesteps, tables[1].timesteps)
 
 
 def foretold(schedule: NoiseSchedule, scheduler: Any, result: Any, n: int, x: Tensor, m: Tensor) -> Tensor:
