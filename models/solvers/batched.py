@@ -73,8 +73,7 @@ def pack(moves: Sequence[Move], dtype: torch.dtype, device: torch.device) -> Pac
     sources, held = np.empty((count, size), whole), 0
     scalars = np.empty((4, count), real)  # time, scale of the input, preview
     for i, move in enumerate(moves):
-        table, n, own = move.table, move.step, move.table.registers
-        numbers = table.on_host.coefficients[n]
+        numbers, own = move.table.host[0][move.step], move.table.registers
         coefficients[i, :own, :own] = numbers[:, :own]
         coefficients[i, :own, size:] = numbers[:, own:]
         rows[i] = move.predictions[0][0]  # what a missing role reads, with weight zero
@@ -83,7 +82,7 @@ def pack(moves: Sequence[Move], dtype: torch.dtype, device: torch.device) -> Pac
         sources[i] = held  # what a missing register reads, with coefficient zero
         sources[i, :own] += np.arange(own, dtype=whole)
         held += move.registers
-        scalars[:, i] = (table.on_host.timesteps[n], table.on_host.input_scale[n], *table.on_host.preview[n])
+        scalars[:, i] = move.table.host[1][move.step]
     # Integers travel as the bits of reals of their size, so that there is one tensor to upload.
     blocks = [coefficients, weights, scalars, rows.view(real), owners.view(real), sources.view(real)]
     sent = torch.from_numpy(np.concatenate([block.ravel() for block in blocks]))

@@ -14,7 +14,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
-from models.reuse.plans import Role, RowPlan
 from PIL import Image
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from models.generate import start
 from models.guidance import CONDITIONAL, Scales
 from models.request import Run
 from models.resolve import resolve
+from models.reuse.plans import Role, RowPlan
 from models.reuse.rows import Conditioning, Row
 from tests.single_file import save_single_file
 
