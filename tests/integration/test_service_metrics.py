@@ -23,6 +23,7 @@ from torch import Tensor
 
 from app.engine import decoder, loading
 from app.engine.loading import load_all, warm_all
+from app.engine.pace import Pace
 from app.http import generation, middleware, pictures
 from app.http.main import create_app
 from app.metrics import Metrics
