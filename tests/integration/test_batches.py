@@ -115,11 +115,13 @@ def test_students_between_base_rows_of_a_transformer(layout: str, student_of: Ba
     check(backbone, requests, [0, 1, 0, 0, 1, 0, 1, 0])
 
 
-@pytest.mark.parametrize("method", ["asc", "wa-rs+asc"])
+@pytest.mark.parametrize("methods", [["asc"] * 3, ["wa-rs+asc"] * 3, ["asc", "wa-rs", "ast"]])
 @pytest.mark.parametrize("layout", ["pixart-sigma", "dit"])
-def test_twins_take_their_own_conditional_row(layout: str, method: Any, backbone_of: Backbones) -> None:
+def test_twins_take_their_own_conditional_row(layout: str, methods: list[Any], backbone_of: Backbones) -> None:
+    """Its result in the same step, and the residual that it left for a later one."""
     backbone = backbone_of(layout, torch.float64)
-    requests = [wanted(backbone, seed, plan(backbone, [["full"] * 6, *[[method] * 6] * 3])) for seed in (1, 2, 3)]
+    table: Any = [["full"] * 6, *([method] * 6 for method in methods)]
+    requests = [wanted(backbone, seed, plan(backbone, table)) for seed in (1, 2, 3)]
     requests.insert(1, wanted(backbone, 4))
     requests.append(wanted(backbone, 5, guidance_scale=1.0))
     check(backbone, requests, [0, 0, 1, 0, 0])
