@@ -10,7 +10,6 @@ from itertools import count
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from app.engine.job import Event, Failed, Finished, Job
@@ -20,9 +19,10 @@ from app.errors import ServiceError
 from app.metrics import Metrics, acceleration_label
 from app.settings import Settings
 from models import Backbone, Request
+from models.guidance import ClassifierFree
 from models.request import Run
 from models.resolve import resolve
-from models.reuse.plans import ROLES, Role, StepRows
+from models.reuse.plans import Role, StepRows
 from models.reuse.rows import Conditioning, Row
 from models.reuse.store import FeatureStore
 from models.spec import ModelSpec
@@ -42,8 +42,6 @@ def tiny_spec(**changes: Any) -> ModelSpec:
 class FakeConditioner:
     """Encodes nothing, and notes which prompts it was given together. `before` may raise."""
 
-    text_tokens = 1
-
     def __init__(self) -> None:
         self.batches: list[list[str | None]] = []
         self.before: Callable[[Sequence[str | None]], object] = lambda prompts: None
@@ -51,13 +49,38 @@ class FakeConditioner:
     def of(self, run: Run) -> dict[Role, Conditioning]:
         """One number a row."""
         self.before([run.request.prompt])
-        roles: list[Role] = ["conditional", "unconditional"] if run.guided else ["conditional"]
-        return {role: {"text": torch.zeros(1, 1)} for role in roles}
+        return {role: {"text": torch.zeros(1, 1)} for role in self.roles(run)}
 
-    def encode(self, prompts: Sequence[str | None]) -> None:
+    def encode(self, runs: Sequence[Run]) -> None:
         """Note the batch."""
-        self.batches.append(list(prompts))
-        self.before(prompts)
+        texts = [
+            run.request.prompt if role == "conditional" else run.request.negative_prompt
+            for run in runs
+            for role in self.roles(run)
+        ]
+        self.batches.append(texts)
+        self.before(texts)
+
+    @staticmethod
+    def roles(run: Run) -> list[Role]:
+        """Those of the run's rows."""
+        return ["conditional", "unconditional"] if run.guided else ["conditional"]
+
+
+class FakeFamily:
+    """Two rows a guided step; all may share a forward."""
+
+    guidance = ClassifierFree()
+
+    def group(self, conditioning: object) -> str:
+        """One for all."""
+        return "all"
+
+
+class FakeParts:
+    """Prompts of one token."""
+
+    text_tokens = 1
 
 
 class FakeNetwork:
@@ -107,7 +130,9 @@ class FakeBackbone:
         self.counters = FakeCounters()
         self.features = FeatureStore()
         self.stepping = "exact"
-        self.roles = ROLES
+        self.family = FakeFamily()
+        self.parts = FakeParts()
+        self.roles = self.family.guidance.roles
         self.before: Callable[[list[int]], object] = lambda seeds: None
         self.before_decode: Callable[[list[int]], object] = lambda seeds: None
         self.ticks: list[list[int]] = []
@@ -127,13 +152,21 @@ class FakeBackbone:
         self.rows.append(len(rows))
         return torch.tensor(seeds, dtype=x.dtype).view(-1, 1, 1, 1).expand_as(x)
 
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """A picture of one grey for each of the latents [images, channels, h, w]."""
+    def prepare(self, runs: Sequence[Run]) -> None:
+        """Note the prompts that were encoded together."""
+        self.conditioner.encode(runs)
+
+    def conditioning(self, run: Run) -> dict[Role, Conditioning]:
+        """One number a row."""
+        return self.conditioner.of(run)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [images, height, width, 3] of one grey for each of the latents [images, channels, h, w]."""
         seeds = [round(float(one.mean())) for one in latents]
         self.before_decode(seeds)
         self.decoded.append(seeds)
         height, width = latents.shape[2] * self.spec.latent_scale, latents.shape[3] * self.spec.latent_scale
-        return [Image.new("RGB", (width, height), (seed, seed, seed)) for seed in seeds]
+        return torch.stack([torch.full((height, width, 3), seed, dtype=torch.uint8) for seed in seeds])
 
     def weight_bytes(self) -> int:
         """No weights."""
@@ -149,10 +182,9 @@ class FakeBackbone:
         return cast(Backbone, self)
 
 
-def grey(image: Image.Image) -> int:
-    """The seed that a picture shows."""
-    pixel: Any = image.getpixel((0, 0))
-    return int(pixel[0])
+def grey(image: Tensor) -> int:
+    """The seed that a picture's pixels show."""
+    return int(image[0, 0, 0])
 
 
 def greys(event: Event) -> list[int]:
