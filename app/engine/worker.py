@@ -176,6 +176,7 @@ class Worker:
                 self._fail(list(part), ForwardFailed, "the model failed on this batch")
                 continue
             self._metrics.out_of_memory.inc()
+            backbone.release()
             release_memory()
             if len(part) == 1:
                 self._fail(left, OutOfMemory, "the device has not enough memory for this request")

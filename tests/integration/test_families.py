@@ -72,8 +72,8 @@ class Toy(StableDiffusion):
     """Three rows a guided step, and a class of its own."""
 
     name = "toy"
-    pipelines = ("ToyPipeline",)
-    guidance = Between()
+    pipelines = ("ToyPipeline",)  # type: ignore[assignment]
+    guidance = Between()  # type: ignore[assignment]
     default_guidance_scale = 3.0
 
     def pipeline(self, class_name: str) -> Any:
@@ -157,7 +157,9 @@ def test_rows_with_other_conditioning_share_no_forward(backbone_of: Backbones) -
 def test_prompts_of_unlike_length_take_turns(backbone_of: Backbones) -> None:
     torch.manual_seed(0)
     backbone = backbone_of("sd", torch.float64)
-    embeds = {n: {f"{kind}prompt_embeds": torch.randn(1, n, 32) for kind in ("", "negative_")} for n in (5, 9)}
+    embeds: dict[int, Any] = {
+        n: {f"{kind}prompt_embeds": torch.randn(1, n, 32) for kind in ("", "negative_")} for n in (5, 9)
+    }
     requests: list[Request] = [Request(seed=n, num_inference_steps=3, **embeds[n]) for n in (5, 9)]
     together = generate(backbone, requests)
     for request, result in zip(requests, together, strict=True):
@@ -194,10 +196,15 @@ def test_a_picture_is_resized_when_its_request_is_resolved_and_encoded_once(
     wanted = VaeImageProcessor(vae_scale_factor=2).preprocess(photo(50, 70), height=32, width=48)
     ours = VaeImageProcessor(do_resize=False).preprocess(run.request.image)
     assert torch.equal(ours, wanted)
-    encode, calls = backbone.parts.vae.encode, []
-    monkeypatch.setattr(backbone.parts.vae, "encode", lambda x: calls.append(x) or encode(x))
+    encode, shapes = backbone.parts.vae.encode, list[tuple[int, ...]]()
+
+    def counted(pixels: Tensor) -> Any:
+        shapes.append(tuple(pixels.shape))
+        return encode(pixels)
+
+    monkeypatch.setattr(backbone.parts.vae, "encode", counted)
     first = [trajectory.latents for trajectory in start(backbone, run)]
-    assert [tuple(call.shape) for call in calls] == [(1, 3, 32, 48)]
+    assert shapes == [(1, 3, 32, 48)]
     assert not torch.equal(first[0], first[1])
 
 

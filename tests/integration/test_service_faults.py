@@ -84,8 +84,10 @@ def test_out_of_memory_halves_the_tick_before_it_fails_anyone(student_of: Model,
             answer = await served.post()
             assert answer.status_code == 500
             assert answer.json()["error"]["code"] == "out_of_memory"
+            assert student_of("sd").prompt_cache_bytes == 0, "what can be made again is let go"
             trouble.armed = 0
             assert (await served.post()).status_code == 200
+            assert student_of("sd").prompt_cache_bytes > 0
 
     test()
 

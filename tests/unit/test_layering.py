@@ -68,3 +68,36 @@ def test_no_module_of_the_engine_forks_or_patches_diffusers() -> None:
     for file in sorted((ROOT / "models" / "networks").glob("*.py")):
         names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
         assert not names & {"register_forward_hook", "register_forward_pre_hook", "__class__", "item", "tolist", "cpu"}
+
+
+def reaches(module: str, names: set[str], *, types: bool) -> set[str]:
+    """The modules of `names` that a module imports, directly or through others; with `types` for type checkers too."""
+    seen, todo = set[str](), [module]
+    while todo:
+        file = ROOT / Path(*todo.pop().split(".")).with_suffix(".py")
+        file = file if file.is_file() else file.with_suffix("") / "__init__.py"
+        found = every_import(file) if types else set(imports(file))
+        todo += [name for name in found & names if name not in seen]
+        seen |= found & names
+    return seen
+
+
+def every_import(file: Path) -> set[str]:
+    return {n.module or "" for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)}
+
+
+def test_what_a_request_is_leads_to_no_model() -> None:
+    """The circle of old: backbone, conditioning, request, costs, backbone; for type checkers too."""
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in MODELS}
+    of_request = reaches("models.request", names, types=True)
+    assert "models.costs.usage" in of_request
+    assert not of_request & {"models.backbone", "models.families", "models.costs.macs", "models.costs.counter"}
+    of_families = reaches("models.families", names, types=True)
+    assert {"models.families.sd", "models.request"} <= of_families
+    assert not of_families & {"models.backbone", "models.loading", "models.costs.macs", "models.generate"}
+
+
+def test_quality_is_given_its_judge() -> None:
+    for file in sorted((ROOT / "models" / "quality").glob("*.py")):
+        assert not any(name.startswith("models.shapes") for name in every_import(file))
+    assert "models.shapes.judge" in every_import(ROOT / "app" / "commands" / "evaluate.py")
