@@ -10,6 +10,7 @@ from models.accelerators.deepcache import DeepCache
 from models.accelerators.delta_dit import DeltaDiT
 from models.accelerators.depth_skip import DepthSkip
 from models.accelerators.ditfastattn import DiTFastAttn
+from models.accelerators.forecast import Forecast
 from models.accelerators.none import NoAcceleration
 from models.accelerators.selective_guidance import SelectiveGuidance
 from models.errors import AcceleratorConflict, WrongBackbone
@@ -23,6 +24,7 @@ REGISTRY: dict[str, type[Accelerator]] = {
     "cfg_student": CfgStudent,
     "depth_skip": DepthSkip,
     "selective_guidance": SelectiveGuidance,
+    "forecast": Forecast,
 }
 
 
@@ -55,6 +57,7 @@ __all__ = [
     "DeltaDiT",
     "DepthSkip",
     "DiTFastAttn",
+    "Forecast",
     "NoAcceleration",
     "SelectiveGuidance",
     "bind",

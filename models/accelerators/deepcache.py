@@ -28,6 +28,7 @@ class DeepCache(Accelerator):
     schedule: Literal["uniform", "nonuniform"] = "uniform"
     center: int = Field(15, ge=0, le=1000, description="nonuniform: the step around which full steps are dense.")
     power: float = Field(1.5, ge=1.0, le=10.0, description="nonuniform: how dense.")
+    order: int = Field(0, ge=0, le=4, description="0 repeats what is remembered; k foretells it from k + 1 full steps.")
 
     families: ClassVar[tuple[Family, ...]] = ("unet",)
     claims: ClassVar[frozenset[str]] = frozenset({"exit"})
@@ -46,7 +47,7 @@ class DeepCache(Accelerator):
             full = step % self.interval == 0
         else:
             full = step in nonuniform_steps(num_steps, self.interval, self.center, self.power)
-        return StepPlan() if full else StepPlan({level(self.branch): Recall()})
+        return StepPlan() if full else StepPlan({level(self.branch): Recall(self.order)})
 
 
 @lru_cache(maxsize=256)

@@ -26,6 +26,7 @@ class DeltaDiT(Accelerator):
     boundary: int | None = Field(
         None, ge=0, le=1000, description="Evaluation at which the cached range moves to the front; default half way."
     )
+    order: int = Field(0, ge=0, le=4, description="0 repeats the effect; k foretells it from k + 1 full steps.")
     _depth: int = PrivateAttr(0)
 
     families: ClassVar[tuple[Family, ...]] = ("dit",)
@@ -50,4 +51,4 @@ class DeltaDiT(Accelerator):
         if step % self.interval == 0 or step == self.boundary:
             return StepPlan()
         rear = blocks(self._depth - self.blocks, self._depth)
-        return StepPlan({rear if step < self.boundary else blocks(0, self.blocks): Recall()})
+        return StepPlan({rear if step < self.boundary else blocks(0, self.blocks): Recall(self.order)})

@@ -29,7 +29,7 @@ from models.reuse.plans import (
     Zeros,
 )
 from models.reuse.sites import OUTPUT, Feature, Site, Sites, contains, disjoint
-from models.reuse.weights import newton
+from models.reuse.weights import BASES, newton
 
 if TYPE_CHECKING:
     from models.accelerators.base import Accelerator
@@ -135,9 +135,10 @@ def row_plan(sites: Sites, view: View, known: Known, step: int) -> RowPlan:
             continue
         feature, count = wanted
         steps = known.get(feature, [])[-count:][::-1]
+        weights = BASES[reuse.basis] if isinstance(reuse, Recall) else newton
         if not steps:
             raise KeyError(f"reused before it was computed: {site} ({feature.kind}) in step {step}")
-        reads[site] = Reading(reuse, tuple((feature, s) for s in steps), newton(steps, step))
+        reads[site] = Reading(reuse, tuple((feature, s) for s in steps), weights(steps, step))
     return RowPlan(step, reads)
 
 

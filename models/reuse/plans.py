@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from models.reuse.sites import OUTPUT, Feature, Kind, Site
+from models.reuse.weights import Basis
 
 Role = str
 """What a row is for: "conditional", and in guided steps a family's others, which all follow one plan."""
@@ -30,6 +31,7 @@ class Recall:
     """A weighted sum of what the site gave when it was last computed: order 0 repeats it, order k extrapolates."""
 
     order: int = 0
+    basis: Basis = "newton"
     name: ClassVar[str] = "recall"
     leaves: ClassVar[frozenset[Kind]] = frozenset()
 

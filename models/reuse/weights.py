@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from math import factorial, prod
+from typing import Literal
+
+Basis = Literal["newton", "taylor"]
 
 
 def newton(steps: Sequence[int], at: int) -> tuple[float, ...]:
@@ -14,3 +18,24 @@ def newton(steps: Sequence[int], at: int) -> tuple[float, ...]:
     ((1.0,), (2.0, -1.0))
     """
     return tuple(prod(((at - b) / (a - b) for b in steps if b != a), start=1.0) for a in steps)
+
+
+def taylor(steps: Sequence[int], at: int) -> tuple[float, ...]:
+    """Weights of the values at `steps`, newest first, in TaylorSeer's expansion around the newest, read at step `at`.
+
+    The j-th derivative is a finite difference of the (j - 1)-th at the newest step and at the one before, over their
+    distance; it counts (at - newest)^j / j! (Liu et al., 2025, arXiv:2503.06923). With two values it is `newton`.
+    """
+    differences = [[float(a == b) for b in range(len(steps))] for a in range(len(steps))]  # of each value, by weights
+    weights = [0.0] * len(steps)
+    for order in range(len(steps)):
+        factor = (at - steps[0]) ** order / factorial(order)
+        weights = [w + factor * d for w, d in zip(weights, differences[0], strict=True)]
+        differences = [
+            [(a - b) / (steps[i] - steps[i + 1]) for a, b in zip(newer, older, strict=True)]
+            for i, (newer, older) in enumerate(pairwise(differences))
+        ]
+    return tuple(weights)
+
+
+BASES: dict[Basis, Callable[[Sequence[int], int], tuple[float, ...]]] = {"newton": newton, "taylor": taylor}

@@ -1,0 +1,80 @@
+"""Forecast: foretell the whole prediction on steps in between, from the last computed ones (after arXiv:2503.06923)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from models.accelerators.base import Accelerator
+from models.errors import OutOfRange
+from models.reuse.plans import Recall, StepPlan
+from models.reuse.sites import OUTPUT
+from models.reuse.weights import Basis
+from models.spec import ModelSpec, RunSpec
+
+Evaluation = Annotated[int, Field(ge=0, le=1000)]
+
+
+class Forecast(Accelerator):
+    """Between computed steps the network does not run: the scheduler follows a polynomial through the last predictions.
+
+    Which steps are computed: every `interval`-th, or `evaluations` of them spread evenly over the run, or the `steps`
+    given. The first `warmup` are always computed, and so is the last where guidance is switched. As a foretold step
+    costs nothing, the run may have more steps than it has evaluations.
+    """
+
+    mode: Literal["forecast"] = "forecast"
+    interval: int | None = Field(None, ge=1, le=1000, description="One computed step in this many; default 2.")
+    evaluations: int | None = Field(None, ge=1, le=1000, description="How many steps are computed, evenly spread.")
+    steps: tuple[Evaluation, ...] | None = Field(
+        None, min_length=1, max_length=1000, description="The computed steps, counted from 0; the first must be 0."
+    )
+    order: int = Field(1, ge=0, le=4, description="Degree of the polynomial; 0 repeats the last prediction.")
+    basis: Basis = Field("newton", description="newton: through the values; taylor: by finite differences.")
+    warmup: int = Field(1, ge=1, le=1000, description="First steps that are always computed.")
+
+    claims: ClassVar[frozenset[str]] = frozenset({"output"})
+    title: ClassVar[str] = (
+        "Foretell the whole prediction between computed steps: no rows, and as fine a grid as wished."
+    )
+    paper: ClassVar[str] = "https://arxiv.org/abs/2503.06923"
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> Self:
+        given = [name for name in ("interval", "evaluations", "steps") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of interval, evaluations and steps, not {' and '.join(given)}")
+        if self.steps is not None and (list(self.steps) != sorted(set(self.steps)) or self.steps[0] != 0):
+            raise ValueError("steps must begin with 0 and rise")
+        return self
+
+    def bind(self, model: ModelSpec, run: RunSpec) -> Self:
+        """Hold the schedule against the run's evaluations."""
+        most = run.num_steps
+        if self.evaluations is not None and self.evaluations > most:
+            raise OutOfRange("acceleration.evaluations", f"{self.evaluations} is not in 1..{most} of this run")
+        if self.steps is not None and self.steps[-1] >= most:
+            raise OutOfRange("acceleration.steps", f"{self.steps[-1]} is not in 0..{most - 1} of this run")
+        return self
+
+    def plan(self, step: int, num_steps: int) -> StepPlan:
+        """A computed step, or its prediction foretold."""
+        if step < self.warmup or self._computed(step, num_steps):
+            return StepPlan()
+        return StepPlan({OUTPUT: Recall(self.order, self.basis)})
+
+    def _computed(self, step: int, num_steps: int) -> bool:
+        if self.steps is not None:
+            return step in self.steps
+        if self.evaluations is not None:
+            return step in spread(self.evaluations, num_steps)
+        return step % (self.interval or 2) == 0
+
+
+@lru_cache(maxsize=256)
+def spread(count: int, num_steps: int) -> frozenset[int]:
+    """`count` steps of a run, the first and the last among them, as even as whole numbers allow."""
+    last = max(count - 1, 1)
+    return frozenset((2 * i * (num_steps - 1) + last) // (2 * last) for i in range(count))
