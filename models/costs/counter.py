@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.adapters.lora import Lora, meta_lora
 from models.families import Family, of_network
+from models.networks.base import Network
 from models.networks.sites import attention, blocks, level
 from models.networks.transformer import DiT, attention_rows
 from models.networks.unet import UNet, truncate
@@ -55,7 +56,7 @@ class MacCounter:
         self._counts: dict[tuple[Any, ...], int] = {}
 
     @property
-    def network(self) -> UNet | DiT:
+    def network(self) -> Network:
         """The network on the meta device."""
         return self._network
 

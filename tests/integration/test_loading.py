@@ -19,17 +19,25 @@ from app.settings import Settings
 from models import Backbone, Plan, Request, generate, load
 from models.accelerators import DeepCache, DepthSkip
 from models.errors import ModelLoadError, OutOfRange, RequestError, WrongBackbone
+from models.resolve import resolve
+from models.reuse.rows import Conditioning
 from models.solvers.names import REGISTRY
 from tests.integration.test_mixed import distance
 from tests.pipelines import save_adapter
 
 Backbones = Callable[..., Backbone]
 Directories = Callable[[str], Path]
+EMBEDS = "encoder_hidden_states"
 
 
 def request(layout: str, **options: Any) -> Request:
     content = {"class_label": 3} if layout == "dit" else {"prompt": "a red ring"}
     return Request(**{**content, "num_inference_steps": 2, "guidance_scale": 2.0, **options})
+
+
+@torch.inference_mode()
+def encoded(backbone: Backbone, *texts: str) -> list[Conditioning]:
+    return backbone.family.encode(backbone.parts, texts)
 
 
 def edit(file: Path, **changes: Any) -> None:
@@ -249,8 +257,8 @@ def test_every_extra_beside_a_model(copied: Callable[[str], Path]) -> None:
     assert (spec.native_width, spec.native_height, spec.default_scheduler) == (48, 64, "dpmpp_2m")
     assert (spec.examples, spec.prompt_grammar) == (("a ring", "a star"), {"shapes": ["ring"]})
     assert (spec.description, spec.default_steps) == ("", 25)
-    [encoded] = backbone.conditioner.encode(["a ring"])
-    assert {name: tuple(tensor.shape) for name, tensor in encoded.items()} == {
+    [found] = encoded(backbone, "a ring")
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
         "encoder_hidden_states": (1, 24, 32),
         "encoder_attention_mask": (1, 24),
     }
@@ -258,10 +266,10 @@ def test_every_extra_beside_a_model(copied: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize(("layout", "tokens"), [("pixart-alpha", 120), ("pixart-sigma", 300), ("sd", None)])
 def test_prompts_are_padded_to_the_familys_length(layout: str, tokens: int | None, backbone_of: Backbones) -> None:
-    conditioner = backbone_of(layout).conditioner
-    [encoded] = conditioner.encode(["a ring"])
-    assert encoded["encoder_hidden_states"].shape[1] == conditioner.text_tokens
-    assert tokens is None or conditioner.text_tokens == tokens
+    backbone = backbone_of(layout)
+    [found] = encoded(backbone, "a ring")
+    assert found[EMBEDS].shape[1] == backbone.parts.text_tokens
+    assert tokens is None or backbone.parts.text_tokens == tokens
 
 
 def test_native_sizes_may_be_unlike(copied: Callable[[str], Path]) -> None:
@@ -352,7 +360,7 @@ def test_a_vae_that_overflows_stays_in_single_precision(
     directory = copied("sd")
     edit(directory / "vae" / "config.json", force_upcast=upcast)
     backbone = load(str(directory), device="cpu", dtype=dtype)
-    assert torch.finfo(next(backbone.vae.parameters()).dtype).bits == expected
+    assert torch.finfo(next(backbone.parts.vae.parameters()).dtype).bits == expected
     assert torch.finfo(next(backbone.network.module.parameters()).dtype).bits == 16
 
 
@@ -440,54 +448,63 @@ def test_a_directory_of_a_bundled_name_is_the_bundled_model(tmp_path: Path, monk
 def _texts(backbone: Backbone) -> list[int]:
     """How many texts each pass of the text encoder had; filled in as they happen."""
     batches: list[int] = []
-    encoder = backbone.conditioner.modules()[0]
+    [encoder] = backbone.parts.encoders()
     encoder.register_forward_hook(lambda module, given, out: batches.append(len(out[0])))
     return batches
 
 
 def test_prompts_are_encoded_once_and_as_one_batch(pipeline_dir: Directories) -> None:
+    """No negative prompt is the empty one."""
     backbone = load(str(pipeline_dir("sd")), device="cpu")
-    batches, encode = _texts(backbone), backbone.conditioner.encode
-    first, again, empty, second = encode(["a ring", "a ring", None, "a star"])
+    batches = _texts(backbone)
+
+    def prepared(**negatives: str | None) -> list[dict[str, Conditioning]]:
+        asked = [request("sd", prompt=f"a {shape}", negative_prompt=text) for shape, text in negatives.items()]
+        runs = [resolve(backbone.spec, backbone.scheduler_config, one) for one in [*asked, asked[0]]]
+        backbone.prepare(runs)
+        passes = list(batches)
+        found = [backbone.conditioning(run) for run in runs]
+        assert batches == passes
+        return found
+
+    ring, star, again = prepared(ring=None, star="")
     assert batches == [3]
-    assert torch.equal(first["encoder_hidden_states"], again["encoder_hidden_states"])
-    assert not torch.equal(first["encoder_hidden_states"], second["encoder_hidden_states"])
-    assert torch.equal(encode([""])[0]["encoder_hidden_states"], empty["encoder_hidden_states"])
-    encode(["a star", "a cross", "a ring"])
+    assert torch.equal(ring["conditional"][EMBEDS], again["conditional"][EMBEDS])
+    assert torch.equal(ring["unconditional"][EMBEDS], star["unconditional"][EMBEDS])
+    assert not torch.equal(ring["conditional"][EMBEDS], star["conditional"][EMBEDS])
+    prepared(star="", cross="a ring")
     assert batches == [3, 1]
-    for text, found in (("a ring", first), ("a star", second)):
-        alone = load(str(pipeline_dir("sd")), device="cpu").conditioner.encode([text])[0]
-        assert torch.allclose(alone["encoder_hidden_states"], found["encoder_hidden_states"], atol=1e-6)
+    for text, row in (("a ring", ring["conditional"]), ("a star", star["conditional"]), ("", star["unconditional"])):
+        [alone] = encoded(load(str(pipeline_dir("sd")), device="cpu"), text)
+        assert torch.allclose(alone[EMBEDS], row[EMBEDS], atol=1e-6)
 
 
 def test_what_an_encoded_prompt_holds_is_its_own(pipeline_dir: Directories) -> None:
     """Writing into a result's dict changes no later one, and a cached prompt keeps no batch alive."""
-    conditioner = load(str(pipeline_dir("sd")), device="cpu").conditioner
-    first, _ = conditioner.encode(["a ring", "a star"])
-    first["more"] = torch.zeros(1)
-    assert set(conditioner.encode(["a ring"])[0]) == {"encoder_hidden_states"}
-    hidden = first["encoder_hidden_states"]
-    assert hidden.untyped_storage().nbytes() == hidden.nbytes
-
-
-def test_the_prompt_that_was_used_longest_ago_is_forgotten(
-    pipeline_dir: Directories, monkeypatch: pytest.MonkeyPatch
-) -> None:
     backbone = load(str(pipeline_dir("sd")), device="cpu")
-    conditioner = backbone.conditioner
-    module = sys.modules[type(conditioner).__module__]
-    assert module.CACHED_PROMPTS == 1024
-    monkeypatch.setattr(module, "CACHED_PROMPTS", 2)
+    first, _ = encoded(backbone, "a ring", "a star")
+    first["more"] = torch.zeros(1)
+    assert set(encoded(backbone, "a ring")[0]) == {EMBEDS}
+    assert first[EMBEDS].untyped_storage().nbytes() == first[EMBEDS].nbytes
+
+
+def test_the_prompt_that_was_used_longest_ago_is_forgotten(pipeline_dir: Directories) -> None:
+    backbone = load(str(pipeline_dir("sd")), device="cpu")
+    prompts = backbone.parts.prompts
+    assert prompts.max_bytes == 256 * 2**20
     batches = _texts(backbone)
-    for text in ("a", "b", "a", "c", "a", "c"):  # c pushes b out, not a, which was used since
-        conditioner.encode([text])
+    encoded(backbone, "a")
+    prompts.max_bytes = 2 * backbone.prompt_cache_bytes
+    for text in ("b", "a", "c", "a", "c"):  # c pushes b out, not a, which was used since
+        encoded(backbone, text)
     assert batches == [1, 1, 1]
-    conditioner.encode(["b"])
+    encoded(backbone, "b")
     assert batches == [1, 1, 1, 1]
-    conditioner.encode(["c"])
+    encoded(backbone, "c")
     assert len(batches) == 4
-    conditioner.encode(["a"])
+    encoded(backbone, "a")
     assert len(batches) == 5
+    assert backbone.prompt_cache_bytes == prompts.max_bytes
 
 
 def test_sdxl_needs_both_kinds_of_embeddings(backbone_of: Backbones) -> None:

@@ -149,17 +149,18 @@ def buckets(found: dict[str, float], name: str) -> dict[str, float]:
 def test_every_duration_is_in_seconds_and_of_its_own_stage(student_of: Model, clock: Clock) -> None:
     """One request of two images: queue, encode, denoise, decode and files, each on its own and in all."""
     backbone = priced(student_of("sd"), clock, 0.125)
-    encode, slow = backbone.conditioner.encode, [ENCODE]
+    prompts = backbone.parts.prompts
+    encode, slow = prompts.encode, [ENCODE]
 
-    def encoded(prompts: Sequence[str | None]) -> Any:
+    def encoded(*arguments: Any) -> Any:
         clock.now += slow.pop() if slow else 0.0  # what comes later is remembered
-        return encode(prompts)
+        return encode(*arguments)
 
     @aio
     async def test() -> None:
         async with serving({"sd": backbone}, clock=clock) as served:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(backbone.conditioner, "encode", encoded)
+                patch.setattr(prompts, "encode", encoded)
                 answer = (await served.post(num_images=2, num_inference_steps=3)).json()
             found = await scraped(served)
         encoding, denoising, files = ENCODE, 3 * 4 * 0.125, 2 * FILE
