@@ -19,7 +19,7 @@ from app.http.pictures import QUALITY
 from models import Plan
 from tests.faked import COLOURS, DIM, Faked, colour, faked, opened, request_of, specs
 from tests.serving import aio, events
-from tests.unit.specs import dit_spec
+from tests.unit.specs import class_spec, dit_spec
 
 ASKED: dict[str, Any] = {
     "prompt": "a ring",
@@ -212,8 +212,7 @@ async def test_a_students_file_names_its_own_scale_and_adapter(monkeypatch: pyte
 
 @aio
 async def test_a_class_is_repeated_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = dit_spec(layout="dit", num_classes=10, has_text_encoder=False)
-    async with faked(monkeypatch, {"classes": spec}) as served:
+    async with faked(monkeypatch, {"classes": class_spec()}) as served:
         answer = await served.post(prompt="", class_label=3)
         assert request_of(opened(answer.json()["images"][0]["b64_json"]))["class_label"] == 3
 
@@ -340,7 +339,7 @@ async def test_every_field_of_a_form_arrives(monkeypatch: pytest.MonkeyPatch) ->
         request = run.request
         assert (request.prompt, request.negative_prompt, request.strength) == ("12", "null", 0.7)
         assert request.image is not None
-        assert (request.image.size, colour(request.image)) == ((6, 4), (9, 8, 7))
+        assert (request.image.size, colour(request.image)) == ((24, 40), (9, 8, 7))  # resized by whoever checks it
         assert (run.width, run.height, run.num_inference_steps, run.scheduler) == (24, 40, 4, "dpmpp_2m")
         assert [a.model_dump() for a in run.accelerators] == [{"mode": "depth_skip", "depth": 5}]
 
@@ -399,7 +398,7 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
         default_scheduler="euler", schedulers=("euler", "ddim"), description="draws", examples=("a ring", "a star"),
         prompt_grammar=grammar,
     )  # fmt: skip
-    models["classes"] = dit_spec(layout="dit", num_classes=10, has_text_encoder=False, adapters={})
+    models["classes"] = class_spec(adapters={})
     async with faked(monkeypatch, models) as served:
         listed = (await served.client.get("/v1/models")).json()
         modes = (await served.client.get("/accelerators")).json()

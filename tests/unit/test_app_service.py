@@ -31,10 +31,14 @@ LIMITS: dict[str, Any] = {
 }
 
 
-def upload(width: int, height: int) -> str:
+def as_base64(picture: Image.Image) -> str:
     out = io.BytesIO()
-    Image.new("RGB", (width, height)).save(out, "PNG")
+    picture.save(out, "PNG")
     return base64.b64encode(out.getvalue()).decode()
+
+
+def upload(width: int, height: int) -> str:
+    return as_base64(Image.new("RGB", (width, height)))
 
 
 @pytest.mark.parametrize(
@@ -121,11 +125,12 @@ async def test_the_library_is_asked_for_what_the_client_asked(monkeypatch: pytes
         "timestep_warp": 0.5,
     }
     async with faked(monkeypatch) as served:
-        await served.post(image=upload(6, 4), **asked)
+        started = Image.linear_gradient("L").rotate(30).resize((6, 4)).convert("RGB")
+        await served.post(image=as_base64(started), **asked)
         job = served.engine.jobs[0]
         assert {name: getattr(job.run.request, name) for name in asked} == asked
         assert job.run.request.image is not None
-        assert job.run.request.image.size == (6, 4)
+        assert job.run.request.image.tobytes() == started.resize((24, 40), Image.Resampling.LANCZOS).tobytes()
         assert (job.model, job.run.seeds, job.acceleration) == ("unet", (70, 71, 72), "none")
         await served.post()
         assert served.engine.jobs[1].run.request.image is None

@@ -13,6 +13,8 @@ import torch
 from app.engine.job import Event, Job, Preview, Progress
 from models.accelerators import DeepCache, DepthSkip, SelectiveGuidance
 from models.errors import OutOfRange
+from models.families import Family
+from models.families.dit import DIT
 from models.solvers import exact
 from models.trajectory import Trajectory
 from tests.unit.fakes import FEATURE_BYTES, FakeBackbone, Hand, error_of, grey, greys, tiny_spec
@@ -63,7 +65,7 @@ def test_sizes_and_models_take_turns_and_each_has_its_own_cap_and_pictures() -> 
     hand.work()
     assert [greys(hand.ended[job]) for job in ended] == [[1, 2], [3, 4], [5, 6, 7], [8, 9]]
     first, second = hand.ended[ended[0]], hand.ended[ended[1]]
-    assert (first.images[0].size, second.images[0].size) == ((24, 16), (16, 24))  # type: ignore[union-attr]
+    assert (first.images[0].shape, second.images[0].shape) == ((16, 24, 3), (24, 16, 3))  # type: ignore[union-attr]
 
 
 def test_guided_rows_count_double() -> None:
@@ -122,26 +124,38 @@ def test_the_prompts_of_a_tick_are_encoded_together() -> None:
     hand.add(2, prompt="c")
     hand.add(3, prompt="d", guidance_scale=3.0)
     hand.work()
-    assert hand.backbone.conditioner.batches == [["a", "b", "c", "d", None]]
+    assert hand.backbone.text.batches == [["a", "b", "c", "d", ""]]
 
 
-@pytest.mark.parametrize("changes", [{"has_text_encoder": False}, {"layout": "dit", "num_classes": 2}])
-def test_nothing_is_encoded_where_there_is_no_text(changes: dict[str, Any]) -> None:
-    hand = Hand({"unet": FakeBackbone(tiny_spec(**changes))})
-    embeds = torch.zeros(1, 1, 1)
-    job = hand.add(1, class_label=1, prompt_embeds=embeds)
+SILENT: dict[str, Any] = {"has_text_encoder": False}
+OF_CLASSES: dict[str, Any] = {"takes": "class_label", "inputs": frozenset({"class_label"}), "num_classes": 2}
+
+
+@pytest.mark.parametrize(
+    ("spec", "family", "asked"),
+    [
+        (SILENT, None, {"prompt_embeds": torch.zeros(1, 1, 1)}),
+        (OF_CLASSES, DIT, {"class_label": 1, "guidance_scale": 2.0}),
+    ],
+)
+def test_nothing_is_encoded_where_there_is_no_text(
+    spec: dict[str, Any], family: Family | None, asked: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    hand = Hand({"unet": FakeBackbone(tiny_spec(**spec), family)})
+    job = hand.add(1, **asked)
     hand.work()
     assert greys(hand.ended[job]) == [1]
-    assert hand.backbone.conditioner.batches == []
+    assert hand.backbone.text.batches == []
+    assert not caplog.records
 
 
 def test_prompts_that_fail_together_are_tried_one_by_one() -> None:
-    def before(prompts: Sequence[str | None]) -> None:
+    def before(prompts: Sequence[str]) -> None:
         if len(prompts) > 1:
             raise RuntimeError("too many")
 
     hand = Hand()
-    hand.backbone.conditioner.before = before
+    hand.backbone.text.before = before
     jobs = [hand.add(seed) for seed in (1, 2)]
     hand.work()
     assert [greys(hand.ended[job]) for job in jobs] == [[1], [2]]
@@ -156,12 +170,12 @@ def test_prompts_that_fail_together_are_tried_one_by_one() -> None:
     ],
 )
 def test_one_that_cannot_start_fails_alone(error: Exception, code: str, param: str | None) -> None:
-    def before(prompts: Sequence[str | None]) -> None:
+    def before(prompts: Sequence[str]) -> None:
         if "bad" in prompts:
             raise error
 
     hand = Hand()
-    hand.backbone.conditioner.before = before
+    hand.backbone.text.before = before
     jobs = [hand.add(1), hand.add(2, 2, prompt="bad"), hand.add(4)]
     hand.work()
     assert [greys(hand.ended[job]) for job in (jobs[0], jobs[2])] == [[1], [4]]
@@ -176,10 +190,10 @@ def test_one_that_cannot_start_fails_alone(error: Exception, code: str, param: s
 def test_where_none_can_start_there_is_no_tick() -> None:
     hand = Hand()
 
-    def before(prompts: Sequence[str | None]) -> None:
+    def before(prompts: Sequence[str]) -> None:
         raise RuntimeError
 
-    hand.backbone.conditioner.before = before
+    hand.backbone.text.before = before
     hand.add(1)
     hand.work()
     assert codes(hand) == {1: "internal_error"}
@@ -204,7 +218,7 @@ def test_the_times_of_a_job() -> None:
 
         return wait
 
-    hand.backbone.conditioner.before = tick(0.5)  # together, and again alone
+    hand.backbone.text.before = tick(1)
     hand.backbone.before = tick(2)
     hand.backbone.before_decode = tick(16)
     hand.work()
