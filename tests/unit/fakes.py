@@ -103,7 +103,7 @@ class FakeBackbone:
         self.conditioner = FakeConditioner()
         self.loras: dict[str, Any] = {}
         self.device = torch.device("cpu")
-        self.dtype = torch.float32
+        self.dtype = self.latent_dtype = torch.float32
         self.counters = FakeCounters()
         self.features = FeatureStore()
         self.stepping = "exact"

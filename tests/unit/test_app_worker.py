@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.engine.job import Event, Job, Preview, Progress
+from app.engine.job import Event, Failed, Job, Preview, Progress
 from models.accelerators import DeepCache, DepthSkip, SelectiveGuidance
 from models.errors import OutOfRange
 from models.solvers import exact
@@ -43,7 +43,7 @@ def fail_with(bad: int, error: Exception) -> Callable[[list[int]], None]:
 
 def codes(hand: Hand) -> dict[int, str]:
     """What the jobs that failed ended with, by their seed."""
-    return {job.run.seeds[0]: error_of(event).code for job, event in hand.ended.items()}
+    return {job.run.seeds[0]: event.error.code for job, event in hand.ended.items() if isinstance(event, Failed)}
 
 
 # Who is in which tick
@@ -333,21 +333,106 @@ def test_one_dropped_before_its_pictures_are_made_has_none() -> None:
 # What goes wrong
 
 
-def test_a_failed_forward_answers_everybody_in_it_and_nobody_else() -> None:
-    hand = Hand(max_rows=4)
-    hand.backbone.before = fail_with(2, RuntimeError("secret"))
-    jobs = [hand.add(1, **CACHE), hand.add(2, 2, **CACHE)]
-    other, later = hand.add(5, width=32), hand.add(6, 2, **CACHE)
+@pytest.mark.parametrize("bad", range(1, 9))
+def test_an_image_at_fault_is_found_by_halves_and_fails_alone(bad: int) -> None:
+    hand, tried = Hand(), list[list[int]]()
+
+    def before(seeds: list[int]) -> None:
+        tried.append(seeds)
+        if bad in seeds:
+            raise RuntimeError("secret")
+
+    hand.backbone.before = before
+    jobs = [hand.add(seed, steps=3, progress=True, **CACHE) for seed in range(1, 9)]
     hand.work(1)
-    assert codes(hand) == {1: "forward_failed", 2: "forward_failed", 6: "forward_failed"}
-    assert "secret" not in error_of(hand.ended[jobs[0]]).message
-    assert hand.value("tick_rows_count", model="unet") == 0
-    assert hand.value("denoise_steps_total", model="unet", acceleration="deepcache", kind="full") == 0
-    assert hand.value("out_of_memory_total") == 0
+    assert codes(hand) == {bad: "forward_failed"}
+    assert "secret" not in error_of(hand.ended[jobs[bad - 1]]).message
+    assert len(tried) == 1 + 2 * 3
+    assert hand.posted[bad] == []
+    assert hand.value("tick_rows_count", model="unet") == 1
+    assert hand.value("denoise_steps_total", model="unet", acceleration="deepcache", kind="full") == 7
     hand.work()
-    assert greys(hand.ended[other]) == [5]
-    assert later in hand.ended
+    good = [job for job in jobs if job is not jobs[bad - 1]]
+    assert [greys(hand.ended[job]) for job in good] == [[seed] for seed in range(1, 9) if seed != bad]
+    assert all(hand.posted[job.run.seeds[0]] == [Progress(step, 3) for step in (1, 2, 3)] for job in good)
+    assert hand.backbone.ticks[-2:] == [[seed for seed in range(1, 9) if seed != bad]] * 2
+    assert hand.value("out_of_memory_total") == 0
+    assert hand.value("feature_memory_bytes", model="unet") == 0
     assert not hand.worker.busy
+
+
+def test_an_image_at_fault_takes_the_others_of_its_job_along_and_no_other_size() -> None:
+    hand = Hand(max_rows=4)
+    hand.backbone.before = fail_with(3, RuntimeError())
+    first, bad = hand.add(1, **CACHE), hand.add(2, 3, **CACHE)
+    wide = hand.add(3, width=32, height=16)  # the same seed: it fails, too, in a tick of its own
+    later = hand.add(6, 2, width=32, height=16)
+    hand.work()
+    assert codes(hand) == {2: "forward_failed", 3: "forward_failed"}
+    assert (greys(hand.ended[first]), greys(hand.ended[later])) == ([1], [6, 7])
+    assert (bad in hand.ended, wide in hand.ended) == (True, True)
+    assert sum(4 in tick for tick in hand.backbone.ticks) == 0, "an image whose job has failed is not tried"
+
+
+def test_an_error_that_does_not_come_again_hurts_nobody() -> None:
+    hand, errors = Hand(), [RuntimeError("once")]
+
+    def before(seeds: list[int]) -> None:
+        if errors:
+            raise errors.pop()
+
+    hand.backbone.before = before
+    jobs = [hand.add(seed) for seed in range(1, 6)]
+    hand.work()
+    assert [greys(hand.ended[job]) for job in jobs] == [[seed] for seed in range(1, 6)]
+    assert hand.backbone.ticks == [[1, 2, 3], [4, 5], [1, 2, 3, 4, 5]]
+
+
+def test_where_all_are_at_fault_each_is_tried_alone_once() -> None:
+    hand, tried = Hand(), list[int]()
+
+    def before(seeds: list[int]) -> None:
+        tried.append(len(seeds))
+        raise RuntimeError
+
+    hand.backbone.before = before
+    for seed in range(1, 9):
+        hand.add(seed)
+    hand.work()
+    assert codes(hand) == dict.fromkeys(range(1, 9), "forward_failed")
+    assert sorted(tried) == [1] * 8 + [2] * 4 + [4] * 2 + [8]
+    assert hand.value("tick_rows_count", model="unet") == 0
+
+
+@pytest.mark.parametrize("where", ["before", "before_decode"])
+def test_a_poisoned_device_is_no_place_to_try_again(where: str) -> None:
+    hand, tried = Hand(), list[list[int]]()
+
+    def before(seeds: list[int]) -> None:
+        tried.append(seeds)
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    setattr(hand.backbone, where, before)
+    hand.add(1, 2, steps=1)
+    with pytest.raises(torch.AcceleratorError):
+        hand.work(1)
+    assert tried == [[1, 2]]
+    assert not hand.ended
+
+
+def test_a_device_that_is_poisoned_by_texts_is_no_place_to_try_again() -> None:
+    hand, tried = Hand(), list[int]()
+
+    def before(prompts: Sequence[str | None]) -> None:
+        tried.append(len(prompts))
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    hand.backbone.conditioner.before = before
+    hand.add(1)
+    hand.add(2)
+    with pytest.raises(torch.AcceleratorError):
+        hand.work(1)
+    assert tried == [2]
 
 
 def test_a_forward_that_fails_in_the_middle_gives_the_memory_back() -> None:
@@ -410,6 +495,54 @@ def test_the_cap_after_out_of_memory_is_half_the_rows_that_were_tried() -> None:
     assert greys(hand.ended[wide]) == [20, 21, 22]
 
 
+def test_a_cap_grows_again_once_there_is_memory() -> None:
+    """Eight rows, half of the six that were tried, a quarter or one more after every 16 full ticks, and all eight."""
+    hand = Hand(max_rows=8)
+    hand.backbone.before = no_memory(5)
+    first = [hand.add(seed, steps=1) for seed in range(1, 7)]
+    hand.work()
+    assert [greys(hand.ended[job]) for job in first] == [[seed] for seed in range(1, 7)]
+    hand.backbone.before, before = no_memory(9), len(hand.backbone.ticks)
+    hand.add(100, 40, steps=16)
+    other = hand.add(30, 8, steps=1, width=24, height=16)
+    hand.work()
+    sizes = [len(tick) for tick in hand.backbone.ticks[before:] if tick[0] >= 100]
+    caps = [3, 4, 5, 6, 7]
+    assert sizes[: 16 * len(caps)] == [cap for cap in caps for _ in range(16)]
+    assert sizes[16 * len(caps)] == 8
+    assert [tick for tick in hand.backbone.ticks if 30 <= tick[0] < 100] == [list(range(30, 38))], "a cap is of a size"
+    assert greys(hand.ended[other]) == list(range(30, 38))
+
+
+def test_pools_of_features_are_given_back_where_memory_ends_and_after_every_ending() -> None:
+    hand = Hand(max_rows=4)
+    features = hand.backbone.features
+    gone, bad = hand.add(1, steps=4, **CACHE), hand.add(2, steps=4, **CACHE)
+    hand.work(1)
+    assert features.reserved_bytes > 0
+    hand.worker.drop(gone)
+    hand.worker.drop(bad)
+    hand.worker.work()
+    assert features.reserved_bytes == 0
+
+    held: list[int] = []
+
+    def before(seeds: list[int]) -> None:
+        held.append(features.reserved_bytes)
+        if len(seeds) > 1:
+            raise torch.OutOfMemoryError
+
+    hand.add(3, **CACHE)
+    hand.work(1)
+    assert features.nbytes == FEATURE_BYTES
+    hand.worker.drop(hand.started[-1])
+    hand.add(4, 2, width=32, height=16)
+    hand.backbone.before = before
+    hand.work(1)
+    assert held[0] > 0
+    assert held[1] == 0, "the next attempt has what a pool held in reserve"
+
+
 def test_a_cap_is_never_below_one_row() -> None:
     hand = Hand()
     hand.backbone.before = no_memory(0)
@@ -467,7 +600,7 @@ def test_memory_that_ends_behind_the_forward_does_not_repeat_what_was_done(monke
     assert all(hand.posted[seed] == [Progress(1, 2), Progress(2, 2)] for seed in range(1, 6))
 
 
-def test_the_second_half_fails_without_the_first() -> None:
+def test_lack_of_memory_and_another_error_in_one_tick() -> None:
     hand = Hand()
 
     def before(seeds: list[int]) -> None:
@@ -479,8 +612,8 @@ def test_the_second_half_fails_without_the_first() -> None:
     hand.backbone.before = before
     jobs = [hand.add(seed, steps=1) for seed in range(1, 5)]
     hand.work()
-    assert [greys(hand.ended[job]) for job in jobs[:2]] == [[1], [2]]
-    assert [error_of(hand.ended[job]).code for job in jobs[2:]] == ["forward_failed"] * 2
+    assert [greys(hand.ended[job]) for job in jobs[:3]] == [[1], [2], [3]]
+    assert codes(hand) == {4: "forward_failed"}
     assert hand.value("tick_rows_count", model="unet") == 1
 
 
@@ -509,10 +642,9 @@ def test_pictures_that_cannot_be_decoded_answer_their_jobs_with_the_time() -> No
     hand.backbone.before_decode = fail_with(2, RuntimeError("secret"))
     jobs: list[Job] = [hand.add(1, steps=1), hand.add(2, 2, steps=1), hand.add(4, steps=1), hand.add(5, steps=1)]
     hand.work()
-    assert [error_of(hand.ended[job]).code for job in jobs[:3]] == ["forward_failed"] * 3
-    assert greys(hand.ended[jobs[3]]) == [5]
-    assert hand.backbone.decoded == [[5]]
-    assert jobs[0].timing.finished == hand.clock.now
+    assert codes(hand) == {2: "forward_failed"}
+    assert [greys(hand.ended[job]) for job in (jobs[0], *jobs[2:])] == [[1], [4], [5]]
+    assert jobs[1].timing.finished == hand.clock.now
 
 
 # What may start
