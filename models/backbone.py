@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from functools import cached_property
+from typing import Any, Literal, Protocol
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -12,16 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.adapters.lora import Lora
+from models.costs.counter import MacCounter
 from models.families.conditioning import Conditioner
 from models.reuse.plans import ROLES, Role
 from models.reuse.rows import Conditioning, Row
 from models.reuse.sites import Sites
 from models.reuse.store import FeatureStore
 from models.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from models.costs.counter import MacCounter
-
 
 Stepping = Literal["exact", "batched"]
 """Schedulers take their own steps, one trajectory at a time; or all of a tick step together, by tables of theirs."""
@@ -63,11 +61,21 @@ class Backbone:
     dtype: torch.dtype
     stepping: Stepping = "exact"
     features: FeatureStore = field(default_factory=FeatureStore, repr=False)
-    counters: dict[tuple[int, int, int], MacCounter] = field(default_factory=dict, repr=False)  # latent size, prompt
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]) -> Tensor:
         """One forward of the network over rows in any order; predictions come in the same."""
         return self.network.forward(x, t, conditioning, rows, self.features)
+
+    @cached_property
+    def counter(self) -> MacCounter:
+        """Counts what rows cost, on a network of its own without weights."""
+        return self.make_counter()
+
+    def make_counter(self, attention_matmuls: bool = True) -> MacCounter:
+        """A counter for this network, loaded in part or as a whole."""
+        module: Any = self.network.module
+        depth = self.spec.depth if getattr(module, "mid_block", ()) is None else None
+        return MacCounter({**module.config, "_class_name": type(module).__name__}, attention_matmuls, depth)
 
     @property
     def latent_dtype(self) -> torch.dtype:

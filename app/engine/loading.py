@@ -13,11 +13,13 @@ from app.logs import SERVER
 from app.metrics import Metrics
 from app.settings import Settings
 from models.backbone import Backbone
+from models.costs.macs import counts_of
 from models.denoise import advance
 from models.device import fast_bfloat16, find_device, keep_freed_memory, out_of_memory, release_memory, wait
 from models.generate import decode, start
 from models.request import Request
 from models.resolve import resolve
+from models.reuse.plans import RowPlan
 
 MEASURE_SECONDS = 4.0
 """Time a model may take for measuring its rows a tick."""
@@ -39,7 +41,16 @@ def warm_all(backbones: Mapping[str, Backbone], settings: Settings, metrics: Met
         metrics.weight_bytes.labels(name, "base").set(backbone.weight_bytes())
         metrics.weight_bytes.labels(name, "adapter").set(backbone.adapter_bytes())
         caps[name] = _warm(name, backbone, settings, pace)
+        _count(name, backbone)
     return caps
+
+
+def _count(name: str, backbone: Backbone) -> None:
+    """Count a row once, so that no request waits until there is what counts."""
+    try:
+        counts_of(backbone, backbone.spec.native_width, backbone.spec.native_height).row(RowPlan())
+    except Exception:
+        SERVER.exception("the MACs of %s cannot be counted: its answers will not have them", name)
 
 
 def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:

@@ -201,6 +201,8 @@ class Worker:
             for step in job.run.steps[before[lane] : lane.step]:
                 kind = "reduced" if step.reduced else "full"
                 self._metrics.steps.labels(job.model, job.acceleration, kind).inc()
+                self._metrics.evaluations.labels(job.model, "forecast" if step.foretold else "computed").inc()
+                self._metrics.forecasts.inc(step.foretold)
 
     def _after(self, lanes: Sequence[Lane]) -> None:
         """Hand over what a tick brought: progress, previews, finished latents."""

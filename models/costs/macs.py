@@ -10,58 +10,44 @@ from diffusers import DDIMScheduler
 
 from models.accelerators import Accelerator
 from models.backbone import Backbone
-from models.costs.counter import MacCounter
+from models.costs.counter import Counts, MacCounter
+from models.networks.transformer import DiT
+from models.networks.unet import UNet
 from models.request import Request, Run
 from models.resolve import resolve
 from models.reuse.plans import RowPlan
 from models.solvers.names import REGISTRY
 from models.spec import Layout, ModelSpec
 
-MOST_COUNTERS = 64
-"""Sizes of one model whose counts are kept."""
-
 
 @dataclass(frozen=True)
 class Usage:
-    """What a request cost: `steps` evaluations a trajectory, `rows` in all, MACs with and without its accelerators."""
+    """What a request cost: `steps` a trajectory, `rows` in all, MACs with and without its accelerators.
+
+    `evaluations` are the steps of a trajectory with a forward: all but those whose prediction is foretold.
+    """
 
     steps: int
     rows: int
     macs: int
     macs_unaccelerated: int
+    evaluations: int
 
 
 def usage(backbone: Backbone, run: Run) -> Usage:
     """What a run costs over all its images."""
     given = run.request.prompt_embeds
-    counter = counter_for(backbone, run.width, run.height, None if given is None else given.shape[1])
+    counts = counts_of(backbone, run.width, run.height, None if given is None else given.shape[1])
     lora = backbone.loras[run.adapter] if run.adapter is not None else None
     images, steps = len(run.seeds), len(run.steps)
-    rows = sum(step.num_rows for step in run.steps)
-    plain = counter.row(RowPlan()) * steps * (2 if run.guidance_scale > 1.0 else 1)
-    return Usage(steps, rows * images, counter.run(run.steps, lora) * images, plain * images)
+    plain = counts.row(RowPlan()) * steps * (2 if run.guidance_scale > 1.0 else 1)
+    return Usage(steps, run.num_rows, counts.run(run.steps, lora) * images, plain * images, run.evaluations)
 
 
-def counter_for(backbone: Backbone, width: int, height: int, text_tokens: int | None = None) -> MacCounter:
-    """The counter of a loaded model at a size in pixels and a length of prompt; made once a size."""
-    scale, text_tokens = backbone.spec.latent_scale, text_tokens or backbone.conditioner.text_tokens
-    size = (height // scale, width // scale)
-    if (*size, text_tokens) not in backbone.counters:
-        while len(backbone.counters) >= MOST_COUNTERS:  # sizes are a client's choice
-            backbone.counters.pop(next(iter(backbone.counters)))
-        counter = MacCounter(_config(backbone), size, text_tokens, depth=_loaded_depth(backbone))
-        backbone.counters[*size, text_tokens] = counter
-    return backbone.counters[*size, text_tokens]
-
-
-def _loaded_depth(backbone: Backbone) -> int | None:
-    """How many input blocks were loaded of a U-Net that was loaded in part."""
-    return backbone.spec.depth if getattr(backbone.network.module, "mid_block", ()) is None else None
-
-
-def _config(backbone: Backbone) -> dict[str, Any]:
-    module: Any = backbone.network.module
-    return {**module.config, "_class_name": type(module).__name__}
+def counts_of(backbone: Backbone, width: int, height: int, text_tokens: int | None = None) -> Counts:
+    """What rows of a loaded model cost at a size in pixels and a length of prompt."""
+    scale = backbone.spec.latent_scale
+    return backbone.counter.at((height // scale, width // scale), text_tokens or backbone.conditioner.text_tokens)
 
 
 @dataclass(frozen=True)
@@ -97,12 +83,13 @@ def macs(
     `attention_matmuls=False` leaves attention's two products out, as many papers do.
     """
     if isinstance(model, Backbone):
-        config: Mapping[str, Any] = _config(model)
         spec, text_tokens = model.spec, model.conditioner.text_tokens
         scheduler_config, loras = model.scheduler_config, model.loras
+        counter = model.counter if attention_matmuls else model.make_counter(attention_matmuls=False)
     else:
-        config, text_tokens, loras = model, 120 if "caption_channels" in model else 77, {}
-        spec, scheduler_config = _bare_spec(config), DDIMScheduler().config
+        text_tokens, loras = 120 if "caption_channels" in model else 77, {}
+        counter = MacCounter(model, attention_matmuls)
+        spec, scheduler_config = _bare_spec(model, counter.network), DDIMScheduler().config
     request = Request(
         prompt="",
         class_label=0 if spec.layout == "dit" else None,
@@ -115,18 +102,16 @@ def macs(
     )
     run = resolve(spec, scheduler_config, request)
     size = (run.height // spec.latent_scale, run.width // spec.latent_scale)
-    depth = _loaded_depth(model) if isinstance(model, Backbone) else None
-    counter = MacCounter(config, size, text_tokens, attention_matmuls, depth)
+    counts = counter.at(size, text_tokens)
     lora = loras[run.adapter] if run.adapter is not None else None
-    steps = tuple(counter.step(step, lora) for step in run.steps)
-    row = counter.row(RowPlan())
+    steps = tuple(counts.step(step, lora) for step in run.steps)
+    row = counts.row(RowPlan())
     plain = row * len(steps) * (2 if run.guidance_scale > 1.0 else 1)
     return MacReport(row, steps, sum(steps), plain, counter.parameters)
 
 
-def _bare_spec(config: Mapping[str, Any]) -> ModelSpec:
+def _bare_spec(config: Mapping[str, Any], network: UNet | DiT) -> ModelSpec:
     name = str(config.get("_class_name"))
-    network = MacCounter(config, (8, 8)).network
     scale = 1 if name == "UNet2DModel" else 8
     side = config["sample_size"]
     height, width = side if isinstance(side, list | tuple) else (side, side)

@@ -71,7 +71,7 @@ class Library:
         progress(3, 9)
         images = [Image.new("RGB", (6, 4), COLOURS[i]) for i in range(request.num_images)]
         seeds = tuple(request.seed + i for i in range(request.num_images))
-        usage = Usage(steps=12, rows=34, macs=2_500_000_000, macs_unaccelerated=10_000_000_000)
+        usage = Usage(steps=12, rows=34, macs=2_500_000_000, macs_unaccelerated=10_000_000_000, evaluations=12)
         return [models.Result(images, None, seeds, (), usage)]  # type: ignore[arg-type]
 
 
@@ -172,7 +172,7 @@ def test_macs_of_a_bare_config(tmp_path: Path) -> None:
     cache = ["--acceleration", "deepcache:interval=2", "--acceleration", "selective_guidance:stop=0.5"]
     ran = slipstream("macs", *options, *cache, "--scheduler", "heun", "--json")
     assert ran.exit_code == 0, ran.output
-    report = models.costs.macs(
+    report = models.macs(
         UNET, acceleration=[DeepCache(interval=2), SelectiveGuidance(stop=0.5)], num_inference_steps=5, width=64,
         height=32, guidance_scale=3.0, scheduler="heun",
     )  # fmt: skip
@@ -192,7 +192,7 @@ def test_macs_of_a_bare_config(tmp_path: Path) -> None:
     unguided = json.loads(slipstream("macs", *options[:-1], "1", "--json").stdout)
     assert unguided["image"] * 2 == plain["image"]
     less = json.loads(slipstream("macs", *options, "--no-attention-matmuls", "--json").stdout)
-    assert less["pass"] == models.costs.macs(UNET, width=64, height=32, attention_matmuls=False).row < plain["pass"]
+    assert less["pass"] == models.macs(UNET, width=64, height=32, attention_matmuls=False).row < plain["pass"]
 
 
 def test_the_table_of_macs(tmp_path: Path) -> None:

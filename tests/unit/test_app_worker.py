@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from app.engine.job import Event, Failed, Job, Preview, Progress
-from models.accelerators import DeepCache, DepthSkip, SelectiveGuidance
+from models.accelerators import Accelerator, DeepCache, DepthSkip, SelectiveGuidance
 from models.errors import OutOfRange
+from models.reuse.plans import Recall, StepPlan
+from models.reuse.sites import OUTPUT
 from models.solvers import exact
 from models.trajectory import Trajectory
 from tests.unit.fakes import FEATURE_BYTES, FakeBackbone, Hand, error_of, grey, greys, tiny_spec
@@ -286,6 +288,111 @@ def test_who_asked_for_no_preview_gets_none() -> None:
     hand.work()
     assert hand.posted[20] == []
     assert hand.backbone.decoded == [[20]]
+
+
+# Foretold steps
+
+
+class Forecast(Accelerator):
+    """One step in three is computed; the whole prediction is foretold in the others."""
+
+    mode: str = "forecast"
+
+    def plan(self, step: int, num_steps: int) -> StepPlan:
+        """Foretell along the line through the last two predictions."""
+        return StepPlan({OUTPUT: Recall(1)} if step % 3 else {})
+
+
+FORETOLD: dict[str, Any] = {"acceleration": Forecast()}
+
+
+@pytest.mark.parametrize("stepping", ["exact", "batched"])
+def test_foretold_steps_pass_within_a_tick(stepping: str) -> None:
+    """Ten steps, guided: four forwards. Beside it a plain image of four steps, in the same ticks."""
+    hand = Hand()
+    hand.backbone.stepping = stepping
+    job = hand.add(1, steps=10, progress=True, guidance_scale=2.0, **FORETOLD)
+    plain = hand.add(7, steps=4, progress=True)
+    left = [(job.steps_done, job.rows_left, job.lanes[0].num_rows)]
+    for _ in range(3):
+        hand.work(1)
+        left.append((job.steps_done, job.rows_left, job.lanes[0].num_rows))
+    assert left == [(0, 8, 2), (3, 6, 2), (6, 4, 2), (9, 2, 2)]
+    hand.work()
+    assert hand.posted[1] == [Progress(step, 10) for step in (3, 6, 9, 10)]
+    assert hand.posted[7] == [Progress(step, 4) for step in (1, 2, 3, 4)]
+    assert hand.backbone.rows == [3] * 4
+    assert (greys(hand.ended[job]), greys(hand.ended[plain])) == ([1], [7])
+    assert (job.run.evaluations, job.run.num_rows, len(job.run.steps)) == (4, 8, 10)
+    assert hand.value("tick_rows_sum", model="unet") == 4 * 3
+    assert hand.value("tick_plans_sum", model="unet") == 4 * 2
+    # A toy's mode is in no label. Six steps are foretold; the plain image's four are computed like its own four.
+    assert hand.value("denoise_steps_total", model="unet", acceleration="none", kind="reduced") == 6
+    assert hand.value("denoise_steps_total", model="unet", acceleration="none", kind="full") == 4 + 4
+    assert hand.value("network_evaluations_total", model="unet", kind="forecast") == 6
+    assert hand.value("network_evaluations_total", model="unet", kind="computed") == 4 + 4
+    assert hand.value("forecast_steps_total") == 6
+    assert hand.value("feature_memory_bytes", model="unet") == 0
+    assert hand.backbone.features.reserved_bytes == 0
+
+
+def test_the_pace_of_foretold_steps_is_by_rows() -> None:
+    hand = Hand()
+
+    def wait(_: object) -> None:
+        hand.clock.now += 6
+
+    hand.backbone.before = wait
+    hand.add(1, 3, steps=6, **FORETOLD)
+    hand.work()
+    assert hand.pace.predict([("unet", 10)]) == 20
+
+
+@pytest.mark.parametrize(
+    ("steps", "previews", "expected"),
+    [
+        (10, 4, [3, 6, 9]),  # wanted at 2, 4, 6, 8
+        (10, 1, [6]),
+        (10, 9, [3, 6, 9]),
+        (9, 2, [3, 6]),
+        (9, 4, [3, 6]),  # the last is wanted at 7, and behind it only foretold steps are left
+        (2, 1, []),
+    ],
+)
+def test_previews_are_shown_at_the_first_step_that_ends_a_tick(steps: int, previews: int, expected: list[int]) -> None:
+    hand = Hand()
+    job = hand.add(20, 2, steps=steps, previews=previews, guidance_scale=2.0, **FORETOLD)
+    hand.work()
+    shown = [(p.step, p.index, grey(p.image)) for p in hand.posted[20] if isinstance(p, Preview)]
+    assert shown == [(step, i, 20 + i) for step in expected for i in (0, 1)]
+    assert greys(hand.ended[job]) == [20, 21]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_error_among_foretold_steps_is_of_who_is_at_fault(monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    """The forward went well, so what is left is foretold: in a tick without rows. Once, or whenever it is tried."""
+    hand, trouble = Hand(), [2]
+    original = exact.step
+
+    def step(trajectory: Trajectory, prediction: torch.Tensor) -> torch.Tensor:
+        if trajectory.plan.foretold and trajectory.generator.initial_seed() in trouble:
+            if not again:
+                trouble.clear()
+            raise RuntimeError("secret")
+        return original(trajectory, prediction)
+
+    monkeypatch.setattr(exact, "step", step)
+    jobs = [hand.add(seed, steps=7, progress=True, **FORETOLD) for seed in (1, 2, 3)]
+    beside = hand.add(9, steps=5)
+    hand.work()
+    good = jobs if not again else [jobs[0], jobs[2]]
+    assert [greys(hand.ended[job]) for job in (*good, beside)] == [*([job.run.seeds[0]] for job in good), [9]]
+    assert codes(hand) == ({2: "forward_failed"} if again else {})
+    done = {1: 7, 2: 1 if again else 7, 3: 7}
+    assert all(hand.posted[seed][-1] == Progress(steps, 7) for seed, steps in done.items())
+    assert hand.value("network_evaluations_total", model="unet", kind="computed") == 3 * (3 - again) + again + 5
+    assert hand.value("forecast_steps_total") == 4 * (3 - again)
+    assert hand.value("feature_memory_bytes", model="unet") == 0
 
 
 # Leaving
