@@ -28,8 +28,18 @@ class DeviceMemory:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the device (or the host) had no memory left."""
+    """Whether an exception says that the device (or the host) had no memory left.
+
+    Beside torch's allocator, the driver itself may say so; that harms nothing else.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        return "out of memory" in str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def poisons(error: BaseException) -> bool:
+    """Whether the device can do nothing more in this process: a kernel that failed on a GPU takes its context along."""
+    return isinstance(error, torch.AcceleratorError) and not out_of_memory(error)
 
 
 def release_memory() -> None:

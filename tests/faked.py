@@ -31,7 +31,7 @@ COLOURS = [(200, 10, 30), (20, 190, 40), (30, 60, 210)]
 """What image i of a request looks like."""
 DIM = [(90, 5, 15), (10, 80, 20), (15, 30, 99)]
 """What the previews of image i look like."""
-USAGE = Usage(steps=3, rows=24, macs=1000, macs_unaccelerated=4500)
+USAGE = Usage(steps=3, rows=24, macs=1000, macs_unaccelerated=4500, evaluations=2)
 QUEUED, STARTED, DENOISED, FINISHED = 10.0, 11.5, 15.0, 15.25
 OPENED, ANSWERED = 9.0, 17.0
 

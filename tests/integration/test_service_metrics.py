@@ -359,7 +359,7 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
             found = await scraped(served)
         for usage, (_, label, steps, rows, images, (computed, plain)) in zip(usages, asked, strict=True):
             wanted = {"steps": steps, "rows": rows * images, "macs": computed * images}
-            assert usage == wanted | {"macs_unaccelerated": plain * images}, label
+            assert usage == wanted | {"macs_unaccelerated": plain * images, "evaluations": steps}, label
         assert part(found, "requests_total") == {
             "requests_total /generate sd none ok": 4,
             "requests_total /generate sd deepcache ok": 1,
@@ -402,6 +402,10 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
             "denoise_steps_total sd deepcache+selective_guidance reduced": 2,
             "denoise_steps_total dit delta_dit full": 2 * 2,
             "denoise_steps_total dit delta_dit reduced": 2 * 2,
+        }
+        evaluations = {"sd": sum(steps * n for _, _, steps, _, n, _ in of_sd) + 2, "dit": 4 * 2}
+        assert part(found, "network_evaluations_total", "forecast_steps_total") == {
+            f"network_evaluations_total {name} computed": value for name, value in evaluations.items()
         }
         row_counts = {"sd": sum(r * n for _, _, _, r, n, _ in of_sd) + 4, "dit": 16}
         ticks = {"sd": sum(steps for _, _, steps, *_ in of_sd) + 1, "dit": 4}

@@ -77,7 +77,11 @@ class FakeNetwork:
 
 
 class FakeCounter:
-    """Ten MACs a row."""
+    """Ten MACs a row, at any size."""
+
+    def at(self, size: tuple[int, int], text_tokens: int) -> FakeCounter:
+        """The same at every size."""
+        return self
 
     def row(self, plan: object) -> int:
         """One row."""
@@ -86,16 +90,6 @@ class FakeCounter:
     def run(self, steps: Sequence[StepRows], lora: object) -> int:
         """One image."""
         return sum(10 * step.num_rows for step in steps)
-
-
-class FakeCounters(dict[Any, FakeCounter]):
-    """Has a counter for every size."""
-
-    def __contains__(self, key: object) -> bool:
-        return True
-
-    def __missing__(self, key: object) -> FakeCounter:
-        return FakeCounter()
 
 
 class FakeBackbone:
@@ -112,8 +106,8 @@ class FakeBackbone:
         self.network = FakeNetwork()
         self.loras: dict[str, Any] = {}
         self.device = torch.device("cpu")
-        self.dtype = torch.float32
-        self.counters = FakeCounters()
+        self.dtype = self.latent_dtype = torch.float32
+        self.counter = FakeCounter()
         self.features = FeatureStore()
         self.stepping = "exact"
         self.text = FakeText()

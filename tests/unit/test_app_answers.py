@@ -38,7 +38,7 @@ DEEPCACHE = {"mode": "deepcache", "interval": 2, "branch": 0, "schedule": "unifo
 GUIDANCE = {"mode": "selective_guidance", "start": 0.0, "stop": 0.5}
 FACTS = ASKED | {"model": "unet", "acceleration": [DEEPCACHE, GUIDANCE]}
 FACTS = {name: value for name, value in FACTS.items() if name != "num_images"}
-USAGE = {"steps": 3, "rows": 24, "macs": 1000, "macs_unaccelerated": 4500}
+USAGE = {"steps": 3, "evaluations": 2, "rows": 24, "macs": 1000, "macs_unaccelerated": 4500}
 TIMING = {"queue_seconds": 1.5, "denoise_seconds": 3.5, "decode_seconds": 0.25, "total_seconds": 8.0}
 
 
@@ -119,6 +119,7 @@ async def test_every_header_of_an_answer_in_bytes(monkeypatch: pytest.MonkeyPatc
         "height": "40",
         "output-format": "png",
         "steps": "3",
+        "evaluations": "2",
         "rows": "24",
         "macs": "1000",
         "macs-unaccelerated": "4500",

@@ -71,7 +71,7 @@ class Library:
         progress(3, 9)
         images = [Image.new("RGB", (6, 4), COLOURS[i]) for i in range(request.num_images)]
         seeds = tuple(request.seed + i for i in range(request.num_images))
-        usage = Usage(steps=12, rows=34, macs=2_500_000_000, macs_unaccelerated=10_000_000_000)
+        usage = Usage(steps=12, rows=34, macs=2_500_000_000, macs_unaccelerated=10_000_000_000, evaluations=12)
         return [models.Result(images, None, seeds, (), usage)]  # type: ignore[arg-type]
 
 
