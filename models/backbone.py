@@ -126,5 +126,6 @@ class Backbone:
         return self.parts.prompts.nbytes
 
     def release(self) -> None:
-        """Forget what can be made again, for when the device has no memory left."""
+        """Give back what nobody needs or what can be made again, for when the device has no memory left."""
+        self.features.trim()
         self.parts.prompts.release()

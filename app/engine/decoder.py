@@ -68,7 +68,7 @@ class Decoder:
             return [d for d in part if d in self._waiting]
 
         def work(part: list[Decode]) -> None:
-            images[:] = decode(backbone, [d.latents for d in part]).unbind()
+            images[:] = list(decode(backbone, [d.latents for d in part]))
 
         for part, error in bisect(chunk, work, waiting):
             if error is None:
@@ -79,7 +79,7 @@ class Decoder:
                 continue
             if out_of_memory(error):
                 self._metrics.out_of_memory.inc()
-                backbone.features.trim()
+                backbone.release()
                 release_memory()
                 if len(part) > 1:
                     self._caps.fell(group, len(part))

@@ -9,8 +9,8 @@ from functools import partial
 from app.engine.attempt import attempt, bisect
 from app.engine.batcher import Batcher
 from app.engine.budget import Budget, Door
-from app.engine.decoder import Decoder
 from app.engine.caps import Caps
+from app.engine.decoder import Decoder
 from app.engine.job import Event, Failed, Group, Job, Lane, Progress
 from app.engine.pace import Pace
 from app.errors import ForwardFailed, Impossible, Internal, NonFinite, OutOfMemory, ServiceError

@@ -111,9 +111,7 @@ class MacCounter:
 class Counts:
     """What rows cost at one latent size and length of prompts."""
 
-    def __init__(
-        self, counter: MacCounter, network: Network, latent_size: tuple[int, int], text_tokens: int
-    ) -> None:
+    def __init__(self, counter: MacCounter, network: Network, latent_size: tuple[int, int], text_tokens: int) -> None:
         self._counter = counter
         self._network = network
         self._size = latent_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import count
 
 import pytest
+
 from app.engine.caps import MOST_GROUPS, PATIENCE, Caps
 
 GROUP = ("sd", 64, 48)

@@ -548,9 +548,9 @@ def test_a_device_that_is_poisoned_by_texts_is_no_place_to_try_again() -> None:
         tried.append(len(prompts))
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    hand.backbone.conditioner.before = before
-    hand.add(1)
-    hand.add(2)
+    hand.backbone.text.before = before
+    hand.add(1, prompt="a ring")
+    hand.add(2, prompt="a star")
     with pytest.raises(torch.AcceleratorError):
         hand.work(1)
     assert tried == [2]
