@@ -588,6 +588,7 @@ def test_a_tick_without_memory_is_done_in_halves_and_its_group_capped() -> None:
     hand.work(1)
     assert hand.backbone.ticks == [[1, 2], [3, 4], [5, 6, 7]]
     assert hand.value("out_of_memory_total") == 2
+    assert hand.backbone.parts.prompts.nbytes == 0  # what can be made again has made room
     hand.work(1)
     assert hand.backbone.ticks[3:] == [[20, 21, 22]]
     hand.work(1)
