@@ -19,7 +19,7 @@ from models.resolve import resolve
 from models.solvers.batched import first_state
 from models.solvers.names import takes
 from models.solvers.tables import NotLinear, Table, table
-from models.trajectory import Trajectory
+from models.trajectory import Trajectory, effective_steps
 
 Progress = Callable[[int, int], None]
 """Called after every tick with (steps done, steps in all) over all requests."""
@@ -129,4 +129,5 @@ def decode(backbone: Backbone, latents: Sequence[Tensor]) -> list[Image.Image]:
 def finish(backbone: Backbone, run: Run, trajectories: Sequence[Trajectory]) -> Result:
     """Decode the finished trajectories of one run."""
     latents = torch.cat([trajectory.latents for trajectory in trajectories])
-    return Result(backbone.decode(latents), latents, run.seeds, run.accelerators, usage(backbone, run))
+    ran = [effective_steps(trajectory) for trajectory in trajectories] if any(t.ran for t in trajectories) else None
+    return Result(backbone.decode(latents), latents, run.seeds, run.accelerators, usage(backbone, run, ran))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from models.reuse.gates import GateState
 from models.reuse.plans import ROLES, Role, RowPlan, StepRows
 from models.reuse.rows import Conditioning, Row
 from models.reuse.store import Memory
+from models.reuse.turns import Turn, settled
 
 if TYPE_CHECKING:
     from models.adapters.lora import Lora
     from models.solvers.tables import Table
 
+Decision = Literal["skipped", "computed"]
 Owner = Role | Literal["output"]
 """Whose memory: one of the rows', or the trajectory's own, which is of its predictions."""
 
@@ -29,7 +32,8 @@ class Trajectory:
     scheduler is followed by its `table`. Without one there is a single register, and `scheduler` steps it and keeps its
     own history. `steps` says what each evaluation does; `timesteps` are the scheduler's, on the
     CPU, and `times` the same as plain numbers. `group` is equal
-    for trajectories that can share a forward.
+    for trajectories that can share a forward. `gate` is the state of its gate, and `ran` what the steps did that a gate
+    had a part in.
     """
 
     state: Tensor
@@ -46,6 +50,9 @@ class Trajectory:
     step: int = 0
     watched: bool = False  # keep what `preview` needs
     foreseen: Tensor | None = None  # the clean latents that the last prediction points to; `watched` runs only
+    gate: GateState = field(default_factory=GateState)
+    turn: Turn | None = None  # the coming step's, once its rows were asked for
+    ran: dict[int, StepRows] = field(default_factory=dict)
     memory: dict[Owner, Memory] = field(default_factory=lambda: {owner: Memory() for owner in (*ROLES, "output")})
     group: Hashable = field(init=False)
 
@@ -90,29 +97,42 @@ class Trajectory:
 
     def plans(self) -> dict[Owner, RowPlan]:
         """What the rows of the coming step do, and what the trajectory does with its prediction."""
-        plan = self.plan
-        found: dict[Owner, RowPlan | None] = {
-            "conditional": plan.conditional,
-            "unconditional": plan.unconditional,
-            "output": plan.output,
-        }
-        return {owner: row for owner, row in found.items() if row is not None}
+        return _by_owner(self.plan)
 
     def rows(self) -> list[Row]:
         """The rows of the coming step; what they remember is in this trajectory's memory."""
         plans = self.plans()
+        if self.turn is None and self.plan.gated:
+            self.turn = Turn(self.gate, self.step)
         return [
-            Row(plans[role], role, self, self.memory[role], self.lora if plans[role].adapter is not None else None)
+            Row(
+                plans[role],
+                role,
+                self,
+                self.memory[role],
+                self.lora if plans[role].adapter is not None else None,
+                self.turn,
+            )
             for role in ROLES
             if role in plans
         ]
 
     def moved(self, state: Tensor) -> None:
         """Take the next state, and forget what no later step wants."""
-        for owner, plan in self.plans().items():
-            self.memory[owner].forget(plan.drop)
+        plan = self.plan
+        if self.turn is not None:
+            plan = self.ran[self.step] = self._settled(self.turn)
+            self.gate, self.turn = self.turn.after, None
+        for owner, row in _by_owner(plan).items():
+            self.memory[owner].forget(row.drop)
         self.state = state
         self.step += 1
+
+    def _settled(self, turn: Turn) -> StepRows:
+        conditional, unconditional = (
+            row and settled(row, turn) for row in (self.plan.conditional, self.plan.unconditional)
+        )
+        return replace(self.plan, conditional=conditional, unconditional=unconditional)
 
     def preview(self) -> Tensor:
         """The clean latents that the last step's prediction points to, [1, channels, h, w]; `watched` runs only."""
@@ -125,3 +145,30 @@ class Trajectory:
     def memory_bytes(self) -> int:
         """Bytes of remembered features."""
         return sum(memory.nbytes for memory in self.memory.values())
+
+
+def _by_owner(plan: StepRows) -> dict[Owner, RowPlan]:
+    found: dict[Owner, RowPlan | None] = {
+        "conditional": plan.conditional,
+        "unconditional": plan.unconditional,
+        "output": plan.output,
+    }
+    return {owner: row for owner, row in found.items() if row is not None}
+
+
+def effective_steps(trajectory: Trajectory) -> tuple[StepRows, ...]:
+    """Every step as it really ran, or will where no gate decides; a gate that is still to decide skips nothing."""
+    if not trajectory.ran:
+        return trajectory.steps
+    return tuple(trajectory.ran.get(i, step) for i, step in enumerate(trajectory.steps))
+
+
+def decisions(trajectory: Trajectory) -> dict[Decision, int]:
+    """How often its gate decided what so far; steps in which it had no choice are not counted."""
+    counts: dict[Decision, int] = {"skipped": 0, "computed": 0}
+    for i, ran in trajectory.ran.items():
+        for plan, did in zip(trajectory.steps[i], ran, strict=True):
+            if plan.gating is not None and not plan.gating.forced:
+                counts["skipped" if plan.gating.site in did.reads else "computed"] += 1
+                break  # a pair decides once
+    return counts

@@ -13,7 +13,7 @@ from models.backbone import Backbone
 from models.costs.counter import MacCounter
 from models.request import Request, Run
 from models.resolve import resolve
-from models.reuse.plans import RowPlan
+from models.reuse.plans import RowPlan, StepRows
 from models.solvers.names import REGISTRY
 from models.spec import Layout, ModelSpec
 
@@ -31,15 +31,23 @@ class Usage:
     macs_unaccelerated: int
 
 
-def usage(backbone: Backbone, run: Run) -> Usage:
-    """What a run costs over all its images."""
+def usage(backbone: Backbone, run: Run, ran: Sequence[Sequence[StepRows]] | None = None) -> Usage:
+    """What a run costs over all its images.
+
+    Where gates decide it is known afterwards only, from the steps that every image `ran`
+    (`models.trajectory.effective_steps`); without them everything is taken to be computed.
+    """
     given = run.request.prompt_embeds
     counter = counter_for(backbone, run.width, run.height, None if given is None else given.shape[1])
     lora = backbone.loras[run.adapter] if run.adapter is not None else None
     images, steps = len(run.seeds), len(run.steps)
     rows = sum(step.num_rows for step in run.steps)
     plain = counter.row(RowPlan()) * steps * (2 if run.guidance_scale > 1.0 else 1)
-    return Usage(steps, rows * images, counter.run(run.steps, lora) * images, plain * images)
+    if ran is None:
+        macs = counter.run(run.steps, lora) * images
+    else:
+        macs = sum(counter.run(steps, lora) for steps in ran)
+    return Usage(steps, rows * images, macs, plain * images)
 
 
 def counter_for(backbone: Backbone, width: int, height: int, text_tokens: int | None = None) -> MacCounter:
