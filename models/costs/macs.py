@@ -43,10 +43,7 @@ def usage(backbone: Backbone, run: Run, ran: Sequence[Sequence[StepRows]] | None
     images, steps = len(run.seeds), len(run.steps)
     rows = sum(step.num_rows for step in run.steps)
     plain = counter.row(RowPlan()) * steps * (2 if run.guidance_scale > 1.0 else 1)
-    if ran is None:
-        macs = counter.run(run.steps, lora) * images
-    else:
-        macs = sum(counter.run(steps, lora) for steps in ran)
+    macs = counter.run(run.steps, lora) * images if ran is None else sum(counter.run(steps, lora) for steps in ran)
     return Usage(steps, rows * images, macs, plain * images)
 
 

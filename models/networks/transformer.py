@@ -212,7 +212,7 @@ def _reused(plan: RowPlan, block: int) -> Site | None:
 
 
 def _zone(plan: RowPlan) -> tuple[int, int]:
-    """Where a row stands in the batch: rear-reusers, widest first; open gates; full rows; front-reusers, widest last."""
+    """Where a row stands in the batch: rear-reusers, widest first; open gates; full rows; front-reusers."""
     if plan.gating is not None:
         return 0, -1
     site = next((s for s in plan.reads if s.kind == "blocks"), None)

@@ -14,7 +14,7 @@ APP = sorted((ROOT / "app").rglob("*.py"))
 HTTP = {"fastapi", "starlette", "uvicorn", "sse_starlette", "prometheus_client", "typer", "asyncio"}
 TENSORS = {"torch", "diffusers", "transformers", "peft", "safetensors", "numpy"}
 PURE = [*sorted((ROOT / "models" / "accelerators").glob("*.py")), ROOT / "models/spec.py"]
-PURE += [ROOT / f"models/reuse/{name}.py" for name in ("sites", "plans", "compile", "weights")]
+PURE += [ROOT / f"models/reuse/{name}.py" for name in ("sites", "plans", "compile", "weights", "gates", "turns")]
 PURE += [ROOT / "models/networks/sites.py"]
 PURE += [ROOT / "models/errors.py", ROOT / "models/search/attention_plan.py"]
 
