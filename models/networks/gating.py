@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from models.device import download
 from models.reuse.gates import Change
 from models.reuse.plans import Gating, Reading, Recall
 from models.reuse.rows import Places, Row
@@ -71,7 +72,7 @@ class Gates:
 
     def _decide(self) -> None:
         if self._changes:
-            numbers = torch.cat([measured for _, measured in self._changes], dim=1).tolist()  # the host waits here
+            numbers = download(torch.cat([measured for _, measured in self._changes], dim=1))  # [2][rows]
             rows = [row for asked, _ in self._changes for row in asked]
             changes: dict[Turn, list[Change]] = {}
             for row, moved, size in zip(rows, *numbers, strict=True):

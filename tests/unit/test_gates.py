@@ -255,7 +255,7 @@ def test_admission_plans_for_all_computed(steps: int, order: int, entries: int) 
 def test_a_levels_probe_has_the_size_of_what_leaves_its_input_block() -> None:
     sites = replace(UNET_SITES, skips=(6,) * 12)
     run = compiled(ask(level(5), probe="input"), steps=3, sites=sites)
-    assert feature_bytes(sites, run, 9, 7, itemsize=4) == (8 + 6) * 3 * 2 * 4
+    assert feature_bytes(sites, run, 9, 7, itemsize=4) == (8 + 6) * 5 * 4 * 4
 
 
 def test_an_unconditional_rows_ring_ends_with_guidance() -> None:

@@ -68,3 +68,15 @@ def test_no_module_of_the_engine_forks_or_patches_diffusers() -> None:
     for file in sorted((ROOT / "models" / "networks").glob("*.py")):
         names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
         assert not names & {"register_forward_hook", "register_forward_pre_hook", "__class__", "item", "tolist", "cpu"}
+
+
+def test_a_network_waits_for_its_device_in_one_place() -> None:
+    """Where gates decide, all of a forward at once; nothing else asks for a number."""
+    assert [file.name for file in MODELS if file.name != "device.py" and _calls(file, "download")] == ["gating.py"]
+    assert _calls(ROOT / "models" / "networks" / "gating.py", "download") == 1
+
+
+def _calls(file: Path, name: str) -> int:
+    """How often a file calls a function of this name."""
+    called = (node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
+    return sum(isinstance(function, ast.Name) and function.id == name for function in called)
