@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,11 @@ def upload(values: Sequence[int] | Sequence[float], device: torch.device, dtype:
     """Numbers [n] on the device, without waiting for it."""
     t = torch.tensor(values, dtype=dtype)
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+
+def download(t: Tensor) -> Any:
+    """The numbers of a small tensor, in nested lists. This waits for the device."""
+    return t.tolist()
 
 
 def find_device(name: str | torch.device) -> torch.device:

@@ -16,19 +16,24 @@ from models.families import Family, of_network
 from models.networks.base import Network
 from models.request import Run
 from models.resolve import least_request, resolve
-from models.reuse.plans import RowPlan
+from models.reuse.plans import RowPlan, StepRows
 from models.solvers.names import REGISTRY
 from models.spec import ModelSpec
 
 
-def usage(backbone: Backbone, run: Run) -> Usage:
-    """What a run costs over all its images."""
+def usage(backbone: Backbone, run: Run, ran: Sequence[Sequence[StepRows]] | None = None) -> Usage:
+    """What a run costs over all its images.
+
+    Where gates decide it is known afterwards only, from the steps that every image `ran`
+    (`models.trajectory.effective_steps`); without them everything is taken to be computed.
+    """
     given = run.request.prompt_embeds
     counts = counts_of(backbone, run.width, run.height, None if given is None else given.shape[1])
     lora = backbone.loras[run.adapter] if run.adapter is not None else None
     images, steps = len(run.seeds), len(run.steps)
     plain = counts.row(RowPlan()) * steps * (len(backbone.spec.roles) if run.guidance_scale > 1.0 else 1)
-    return Usage(steps, run.num_rows, counts.run(run.steps, lora) * images, plain * images, run.evaluations)
+    macs = counts.run(run.steps, lora) * images if ran is None else sum(counts.run(steps, lora) for steps in ran)
+    return Usage(steps, run.num_rows, macs, plain * images, run.evaluations)
 
 
 def counts_of(backbone: Backbone, width: int, height: int, text_tokens: int | None = None) -> Counts:
