@@ -42,7 +42,8 @@ def with_gate(
     asked: Sequence[bool],
     restarts: frozenset[int],
 ) -> list[RowPlan | None]:
-    """The plans of one row with its gate's part in them; `asked` are the steps in which the gate is to decide."""
+    """The plans of one row with its gate's part in them; `asked` are the steps in which the gate is to decide, of which
+    no restart is one."""
     site, gated = gate
     feature = Feature(site, sites.remembers(site))
     found: list[Gating | None] = []
@@ -52,7 +53,7 @@ def with_gate(
         if row is None or any(contains(sites.span(outer), sites.span(site)) for outer in row.reads):
             found.append(None)
             continue
-        forced = restart or not wanted or not known or step < gated.rule.warmup
+        forced = not wanted or not known or step < gated.rule.warmup
         known = True
         found.append(Gating(site, feature, gated, forced, restart))
     last = max((step for step, gating in enumerate(found) if gating and not gating.forced), default=-1)
@@ -113,7 +114,7 @@ def settled(plan: RowPlan, turn: Turn) -> RowPlan:
 def replaced(gating: Gating, turn: Turn, held: Sequence[Entry]) -> list[Entry]:
     """The entries held that the step's own will stand in for: they are forgotten first, so that no more is ever held
     than the gate may read."""
-    if turn.skip or gating.last:
+    if gating.last:
         return []
     return [entry for entry in held if entry[0] == gating.feature and entry[1] not in turn.after.computed]
 

@@ -327,13 +327,13 @@ class Breaking:
 
 def last_module(backbone: Backbone) -> Any:
     """Something that every row runs, after all gates have decided."""
-    module = backbone.network.module
+    module: Any = backbone.network.module
     return module.conv_out if hasattr(module, "conv_out") else module.proj_out
 
 
 def inner_module(backbone: Backbone) -> Any:
     """Something inside most of the gated sites, which computed rows run after the gates have decided."""
-    module = backbone.network.module
+    module: Any = backbone.network.module
     return module.mid_block.resnets[0] if hasattr(module, "mid_block") else module.transformer_blocks[3]
 
 
@@ -366,7 +366,7 @@ def test_a_failed_tick_can_be_tried_again(
     assert trajectory.memory_bytes() == 0
 
 
-class Waits(TorchDispatchMode):
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what would wait for a device: numbers and tensors brought to the host."""
 
     count = 0
@@ -380,7 +380,7 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
     """The waits counted while it is entered, `tolist` and `cpu` among them."""
-    counter = Waits()
+    counter = Waits()  # type: ignore[no-untyped-call]
     for name in ("tolist", "cpu", "numpy"):
         plain = getattr(Tensor, name)
 

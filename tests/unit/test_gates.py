@@ -259,9 +259,9 @@ def test_a_levels_probe_has_the_size_of_what_leaves_its_input_block() -> None:
 
 
 def test_an_unconditional_rows_ring_ends_with_guidance() -> None:
-    """Three steps guided: two entries of its own, gone before the conditional row has three."""
+    """Three steps guided: two entries of its own, gone before the conditional row has four."""
     one = 4 * 4 * 16
-    run = compiled(ask(order=2), SelectiveGuidance(stop=0.5), steps=6, guided=True)
+    run = compiled(ask(order=3), SelectiveGuidance(stop=0.5), steps=6, guided=True)
     assert feature_bytes(DIT_SITES, run, 8, 8, itemsize=1) == (3 + 1 + 2 + 1) * one
 
 
