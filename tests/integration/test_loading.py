@@ -88,12 +88,13 @@ def test_missing_weights(copied: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("layout", ["sd", "sdxl", "dit", "pixart-sigma"])
 def test_types(layout: str, dtype: str, pipeline_dir: Directories, backbone_of: Backbones) -> None:
-    """Half precision stays close to single precision, double closer still; nothing comes out in another type."""
+    """Half precision stays close to single precision, double closer still; latents are single at least."""
     backbone = load(str(pipeline_dir(layout)), device="cpu", dtype=dtype)
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     [result] = generate(backbone, [request(layout, latents=latents)])
     [single] = generate(backbone_of(layout), [request(layout, latents=latents)])
-    assert result.latents.dtype == backbone.dtype == getattr(torch, dtype)
+    assert backbone.dtype == getattr(torch, dtype)
+    assert result.latents.dtype == backbone.latent_dtype == (torch.float64 if dtype == "float64" else torch.float32)
     tolerance = {"float16": 0.02, "bfloat16": 0.1, "float64": 1e-4}[dtype]
     assert distance(result.latents.double(), single.latents.double()) <= tolerance
 
@@ -252,7 +253,7 @@ def test_every_extra_beside_a_model(copied: Callable[[str], Path]) -> None:
         "max_sequence_length": 24,
     }
     (directory / "slipstream.json").write_text(json.dumps(extras))
-    backbone = load(str(directory), device="cpu")
+    backbone = load(str(directory), device="cpu", dtype="float32")
     spec = backbone.spec
     assert (spec.native_width, spec.native_height, spec.default_scheduler) == (48, 64, "dpmpp_2m")
     assert (spec.examples, spec.prompt_grammar) == (("a ring", "a star"), {"shapes": ["ring"]})
@@ -276,7 +277,7 @@ def test_native_sizes_may_be_unlike(copied: Callable[[str], Path]) -> None:
     """A list in the config is height before width."""
     directory = copied("sd")
     edit(directory / "unet" / "config.json", sample_size=[12, 20])
-    spec = load(str(directory), device="cpu").spec
+    spec = load(str(directory), device="cpu", dtype="float32").spec
     assert (spec.native_width, spec.native_height) == (40, 24)
 
 
@@ -289,9 +290,8 @@ def test_image_to_image_pipelines_are_the_same_models(
 ) -> None:
     directory = copied(layout)
     edit(directory / "model_index.json", _class_name=name)
-    [ours], [theirs] = (
-        generate(b, [request(layout)]) for b in (load(str(directory), device="cpu"), backbone_of(layout))
-    )
+    same = load(str(directory), device="cpu", dtype="float32")
+    [ours], [theirs] = (generate(b, [request(layout)]) for b in (same, backbone_of(layout)))
     assert torch.equal(ours.latents, theirs.latents)
 
 
@@ -301,10 +301,10 @@ def test_the_hash_is_of_the_architecture(copied: Callable[[str], Path], backbone
     file = directory / "unet" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({"_name_or_path": "elsewhere", **dict(reversed(config.items()))} | {"_new": 1}))
-    assert load(str(directory), device="cpu").spec.config_hash == known
+    assert load(str(directory), device="cpu", dtype="float32").spec.config_hash == known
     assert len(known) == 16
     edit(file, sample_size=config["sample_size"] + 2)
-    assert load(str(directory), device="cpu").spec.config_hash != known
+    assert load(str(directory), device="cpu", dtype="float32").spec.config_hash != known
 
 
 @pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "slipstream.json"])
@@ -312,14 +312,14 @@ def test_files_that_are_no_json_are_named(file: str, copied: Callable[[str], Pat
     directory = copied("sd")
     (directory / file).write_text("{")
     with pytest.raises(ModelLoadError, match=rf"{file}: cannot be read"):
-        load(str(directory), device="cpu")
+        load(str(directory), device="cpu", dtype="float32")
 
 
 def test_a_missing_config_is_named(copied: Callable[[str], Path]) -> None:
     directory = copied("dit")
     (directory / "transformer" / "config.json").unlink()
     with pytest.raises(ModelLoadError, match=r"transformer/config\.json: cannot be read"):
-        load(str(directory), device="cpu")
+        load(str(directory), device="cpu", dtype="float32")
 
 
 def test_weights_missing_from_a_part_are_counted(copied: Callable[[str], Path]) -> None:
@@ -327,7 +327,7 @@ def test_weights_missing_from_a_part_are_counted(copied: Callable[[str], Path]) 
     weights = directory / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".elsewhere"))
     with pytest.raises(ModelLoadError, match=r"unet: \d+ weights are missing, conv_in\.bias first"):
-        load(str(directory), device="cpu", depth=2)
+        load(str(directory), device="cpu", dtype="float32", depth=2)
 
 
 @pytest.mark.parametrize("depth", [0, 10, -1])
@@ -341,12 +341,16 @@ def test_a_part_of_a_network_is_of_the_type_asked_for(pipeline_dir: Directories)
     assert {p.dtype for p in small.network.module.parameters()} == {torch.bfloat16}
 
 
-def test_auto_is_single_precision_on_a_cpu(pipeline_dir: Directories) -> None:
+@pytest.mark.parametrize(("faster", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_auto_is_the_precision_that_is_faster(
+    faster: bool, dtype: torch.dtype, pipeline_dir: Directories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.device.fast_bfloat16", lambda _: faster)
     backbone = load(str(pipeline_dir("sd")), device="cpu")
-    assert backbone.dtype == torch.float32
+    assert backbone.dtype == dtype
     assert backbone.device == torch.device("cpu")
     parameters = list(backbone.network.module.parameters())
-    assert {p.dtype for p in parameters} == {torch.float32}
+    assert {p.dtype for p in parameters} == {dtype}
     assert not any(p.requires_grad for p in parameters)
     assert not backbone.network.module.training
 
@@ -419,7 +423,7 @@ def test_a_hub_id_is_its_snapshot(
     _cached(pipeline_dir("sd"), tmp_path, "somebody/tiny-model")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    backbone = load("somebody/tiny-model", device="cpu")
+    backbone = load("somebody/tiny-model", device="cpu", dtype="float32")
     assert backbone.spec.name == "tiny-model"
     [ours], [theirs] = (generate(b, [request("sd")]) for b in (backbone, backbone_of("sd")))
     assert torch.equal(ours.latents, theirs.latents)
@@ -455,7 +459,7 @@ def _texts(backbone: Backbone) -> list[int]:
 
 def test_prompts_are_encoded_once_and_as_one_batch(pipeline_dir: Directories) -> None:
     """No negative prompt is the empty one."""
-    backbone = load(str(pipeline_dir("sd")), device="cpu")
+    backbone = load(str(pipeline_dir("sd")), device="cpu", dtype="float32")
     batches = _texts(backbone)
 
     def prepared(**negatives: str | None) -> list[dict[str, Conditioning]]:
@@ -475,13 +479,13 @@ def test_prompts_are_encoded_once_and_as_one_batch(pipeline_dir: Directories) ->
     prepared(star="", cross="a ring")
     assert batches == [3, 1]
     for text, row in (("a ring", ring["conditional"]), ("a star", star["conditional"]), ("", star["unconditional"])):
-        [alone] = encoded(load(str(pipeline_dir("sd")), device="cpu"), text)
+        [alone] = encoded(load(str(pipeline_dir("sd")), device="cpu", dtype="float32"), text)
         assert torch.allclose(alone[EMBEDS], row[EMBEDS], atol=1e-6)
 
 
 def test_what_an_encoded_prompt_holds_is_its_own(pipeline_dir: Directories) -> None:
     """Writing into a result's dict changes no later one, and a cached prompt keeps no batch alive."""
-    backbone = load(str(pipeline_dir("sd")), device="cpu")
+    backbone = load(str(pipeline_dir("sd")), device="cpu", dtype="float32")
     first, _ = encoded(backbone, "a ring", "a star")
     first["more"] = torch.zeros(1)
     assert set(encoded(backbone, "a ring")[0]) == {EMBEDS}
@@ -489,7 +493,7 @@ def test_what_an_encoded_prompt_holds_is_its_own(pipeline_dir: Directories) -> N
 
 
 def test_the_prompt_that_was_used_longest_ago_is_forgotten(pipeline_dir: Directories) -> None:
-    backbone = load(str(pipeline_dir("sd")), device="cpu")
+    backbone = load(str(pipeline_dir("sd")), device="cpu", dtype="float32")
     prompts = backbone.parts.prompts
     assert prompts.max_bytes == 256 * 2**20
     batches = _texts(backbone)
@@ -519,7 +523,7 @@ def test_sdxl_encodes_the_empty_prompt_where_its_config_says_so(
     """`force_zeros_for_empty_prompt` off: no zeros; a negative prompt is encoded in either case."""
     directory = copied("sdxl")
     edit(directory / "model_index.json", force_zeros_for_empty_prompt=False)
-    plain, zeros = load(str(directory), device="cpu"), backbone_of("sdxl")
+    plain, zeros = load(str(directory), device="cpu", dtype="float32"), backbone_of("sdxl")
 
     def drawn(backbone: Backbone, negative: str | None) -> torch.Tensor:
         return generate(backbone, [request("sdxl", negative_prompt=negative)])[0].latents
