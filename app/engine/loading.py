@@ -66,6 +66,7 @@ def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
         adapters=settings.files("adapter", short),
         plans=settings.files("plan", short),
         depth=settings.blocks(short),
+        stepping=settings.stepping,
         compile=settings.compile,
     )
     if device.type == "cpu":

@@ -19,6 +19,7 @@ from app.engine.pace import FIRST_GUESS, Pace
 from app.metrics import Metrics
 from app.settings import Settings
 from models import Backbone
+from models.costs.counter import MacCounter
 
 Backbones = Callable[..., Backbone]
 Costs = Callable[[int], float]
@@ -253,6 +254,7 @@ def test_every_model_gets_its_own_files(calls: list[tuple[str, dict[str, Any]]])
         plan=("two=/p/D3.json", "one=/p/D1.json", "one=/p/D2.json"),
         depth=("two=4",),
         compile=True,
+        stepping="batched",
         device="cpu",
         dtype="float32",
         max_rows=2,
@@ -261,7 +263,7 @@ def test_every_model_gets_its_own_files(calls: list[tuple[str, dict[str, Any]]])
     backbones, caps = loading.load_all(chosen, metrics, Pace())
     assert list(backbones) == ["one", "two"]
     assert caps == {"one": 2, "two": 2}
-    common = {"device": torch.device("cpu"), "dtype": "float32", "compile": True}
+    common = {"device": torch.device("cpu"), "dtype": "float32", "compile": True, "stepping": "batched"}
     one = {"adapters": {"first": Path("/a/first")}, "plans": {n: Path(f"/p/{n}.json") for n in ("D1", "D2")}}
     two = {"adapters": {"second": Path("/a/second")}, "plans": {"D3": Path("/p/D3.json")}}
     assert calls == [("/models/one", one | common | {"depth": None}), ("org/two", two | common | {"depth": 4})]
@@ -283,3 +285,19 @@ def test_on_a_cpu_convolutions_are_laid_out_and_freed_memory_is_kept(
     assert kept == [True]
     assert "loaded sd in" in caplog.text
     assert "MiB on cpu as torch.float32" in caplog.text
+
+
+def test_a_model_whose_macs_cannot_be_counted_is_served_nevertheless(
+    instant: Warmed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone, _, _ = instant("sd", falling(until=4))
+    assert loading.warm_all({"m": backbone}, settings(max_rows=4), Metrics(), Pace()) == {"m": 4}
+    assert "network" in vars(backbone.counter), "it is made before the first request"
+    assert not caplog.records
+
+    def broken(self: MacCounter, *arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(MacCounter, "at", broken)
+    assert loading.warm_all({"m": backbone}, settings(max_rows=4), Metrics(), Pace()) == {"m": 4}
+    assert "the MACs of m cannot be counted" in caplog.text
