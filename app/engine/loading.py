@@ -64,6 +64,7 @@ def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
         plans=settings.files("plan", short),
         config=settings.config_of(short),
         depth=settings.blocks(short),
+        stepping=settings.stepping,
         compile=settings.compile,
     )
     if device.type == "cpu":

@@ -233,8 +233,7 @@ def feature_bytes(
 ) -> int:
     """The most that one trajectory ever remembers, in bytes, for latents of this size: known before it starts.
 
-    A gate remembers most where it has everything computed.
-    `itemsize` is that of the network's numbers; predictions are kept in that of the latents.
+    A gate remembers most where it has everything computed. `itemsize` is that of the network's numbers; predictions are kept in that of the latents.
     """
     sizes: dict[Feature, int] = {}
 
@@ -245,7 +244,7 @@ def feature_bytes(
         return sizes[feature]
 
     held = most = 0
-    by_role = [most_entries(steps, role) for role in ROLES]
+    by_role = [most_entries(steps, CONDITIONAL), *[most_entries(steps, UNCONDITIONAL)] * steps[0].guides]
     for i, step in enumerate(steps):
         plans = [*step, step.output]
         held += sum(size(feature) for plan in plans for feature in plan.keep)

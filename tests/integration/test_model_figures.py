@@ -20,7 +20,7 @@ from models import Backbone, Request, load, macs
 from models.accelerators import CfgStudent, DeltaDiT, SelectiveGuidance
 from models.adapters.lora import WEIGHT_NAME
 from models.costs import counter as counting
-from models.costs.counter import NETWORKS, Counts, MacCounter
+from models.costs.counter import Counts, MacCounter
 from models.costs.macs import Usage, usage
 from models.resolve import resolve
 from tests.integration.test_macs import CIFAR, DIT_XL, SD15
@@ -114,13 +114,14 @@ def test_one_network_counts_all_sizes_and_old_counts_make_room(
 ) -> None:
     """A row takes two counts, of a block and of all around the blocks: two sizes fit."""
     backbone, made = replace(adapted[0]), list[str]()
-    original = NETWORKS["PixArtTransformer2DModel"]
+    family = type(backbone.family)
+    original = family.network
 
-    def network(module: Any) -> Any:
+    def network(self: Any, module: Any) -> Any:
         made.append(type(module).__name__)
-        return original(module)
+        return original(self, module)
 
-    monkeypatch.setitem(NETWORKS, "PixArtTransformer2DModel", network)  # type: ignore[arg-type]
+    monkeypatch.setattr(family, "network", network)
     monkeypatch.setattr(counting, "MOST_COUNTS", 4)
     counted: list[tuple[int, ...]] = []
     count = Counts._count

@@ -19,8 +19,10 @@ from app.http.main import create_app
 from app.logs import configure
 from app.serve import Server
 from app.settings import Settings
-from models import Backbone
+from models import Backbone, Request
+from models.accelerators import DeepCache
 from models.generate import decode
+from models.resolve import resolve
 from models.reuse.rows import Row
 from models.trajectory import Trajectory
 from tests.serving import aio, hooked, pixels, serving, slowed, until
@@ -248,7 +250,6 @@ async def test_features_above_their_limit_hold_new_images_back(student_of: Model
     backbone = slowed(hooked(student_of("sd"), lambda rows: seen.append(len(rows))), 0.01)
     async with serving({"sd": backbone}, max_feature_bytes=1) as served:
         body: dict[str, Any] = {"num_inference_steps": 9, "acceleration": {"mode": "deepcache"}}
-        assert (await served.post(**body)).status_code == 200  # from now on it is known what one needs
         seen.clear()
         first = asyncio.ensure_future(served.post(**body))
         await served.until(lambda: served.value("feature_memory_bytes", model="sd") > 0)
@@ -257,6 +258,36 @@ async def test_features_above_their_limit_hold_new_images_back(student_of: Model
         assert [answer.status_code for answer in answers] == [200] * 4
         assert served.value("feature_memory_bytes", model="sd") == 0
     assert seen == [2] * 36
+
+
+@aio
+async def test_a_first_wave_of_unseen_kinds_is_held_to_the_budget(student_of: Model) -> None:
+    """Kinds that nobody has asked for before, several images each: what they need is known before they start."""
+    held: list[int] = []
+    backbone = student_of("sd")
+    watched = hooked(backbone, lambda rows: held.append(watched.features.nbytes))
+    bodies: list[dict[str, Any]] = [
+        {"num_images": 3, "acceleration": {"mode": "deepcache", "interval": 3}},
+        {"num_images": 1, "acceleration": {"mode": "deepcache", "interval": 4, "branch": 1}},
+        {"num_images": 2, "acceleration": {"mode": "deepcache"}, "width": 48, "height": 32},
+        {"num_images": 2, "acceleration": {"mode": "deepcache", "interval": 5}, "guidance_scale": 1.0},
+        {"num_images": 3, "acceleration": {"mode": "deepcache", "interval": 6}, "scheduler": "euler"},
+    ]
+
+    def need(body: dict[str, Any]) -> int:
+        cache = DeepCache.model_validate(body["acceleration"])
+        request = Request(prompt="", num_inference_steps=9, **body | {"acceleration": cache})
+        return resolve(backbone.spec, backbone.scheduler_config, request).feature_bytes * request.num_images
+
+    needs = [need(body) for body in bodies]
+    limit = max(needs) + min(needs)
+    assert sum(needs) > 2 * limit
+    async with serving({"sd": watched}, max_feature_bytes=limit, max_rows=64) as served:
+        held.clear()
+        answers = await asyncio.gather(*(served.post(num_inference_steps=9, **body) for body in bodies))
+        assert [answer.status_code for answer in answers] == [200] * len(bodies)
+        assert 0 < max(held) <= limit
+        assert served.value("feature_memory_bytes", model="sd") == 0
 
 
 @aio

@@ -91,13 +91,14 @@ def test_generate_asks_for_what_its_options_say(asked: Asked, tmp_path: Path) ->
     words = "generate ring --model m --steps 9 --guidance-scale 3.5 --negative-prompt dull --seed 5 --num-images 2"
     words += " --scheduler euler --size 48X64 --strength 0.3 --timestep-warp 0.5 --class-label 4"
     words += " --acceleration deepcache:interval=4 --acceleration selective_guidance:stop=0.5"
-    words += " --adapter a=/x --adapter b=/y --plan p=/z.json --device cpu --dtype float16"
+    words += " --adapter a=/x --adapter b=/y --plan p=/z.json --device cpu --dtype float16 --stepping batched"
     result = run(*words.split(), "--image", tmp_path / "start.png", "-o", output)
     assert result.exit_code == 0, result.output
     assert asked["load"] == {
         "name": "m",
         "device": "cpu",
         "dtype": "float16",
+        "stepping": "batched",
         "adapters": {"a": "/x", "b": "/y"},
         "plans": {"p": "/z.json"},
         "config": None,
@@ -118,7 +119,8 @@ def test_generate_asks_for_what_its_options_say(asked: Asked, tmp_path: Path) ->
 def test_generates_defaults_are_the_requests(asked: Asked, tmp_path: Path) -> None:
     output = tmp_path / "drawn.png"
     assert run("generate", "a ring", "-o", output).exit_code == 0
-    options: Asked = {"device": "auto", "dtype": "auto", "adapters": {}, "plans": {}, "config": None}
+    auto = dict.fromkeys(("device", "dtype", "stepping"), "auto")
+    options: Asked = {**auto, "adapters": {}, "plans": {}, "config": None}
     assert asked["load"] == {"name": "shapes-sd", **options}
     bare, found = vars(models.Request(prompt="a ring")), vars(asked["request"])
     assert found | {"acceleration": ()} == bare

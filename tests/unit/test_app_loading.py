@@ -20,6 +20,7 @@ from app.engine.pace import FIRST_GUESS, Pace
 from app.metrics import Metrics
 from app.settings import Settings
 from models import Backbone, device
+from models.costs.counter import MacCounter
 
 Backbones = Callable[..., Backbone]
 Costs = Callable[[int], float]
@@ -263,6 +264,7 @@ def test_every_model_gets_its_own_files(calls: list[tuple[str, dict[str, Any]]])
         config=("two=/c/two",),
         depth=("two=4",),
         compile=True,
+        stepping="batched",
         device="cpu",
         dtype="float32",
         max_rows=2,
@@ -271,15 +273,8 @@ def test_every_model_gets_its_own_files(calls: list[tuple[str, dict[str, Any]]])
     backbones, caps = loading.load_all(chosen, metrics, Pace())
     assert list(backbones) == ["one", "two"]
     assert caps == {"one": 2, "two": 2}
-    common = {"device": torch.device("cpu"), "dtype": "float32", "compile": True}
-    one: dict[str, Any] = {
-        "adapters": {"first": Path("/a/first")},
-        "plans": {n: Path(f"/p/{n}.json") for n in ("D1", "D2")},
-    }
-    one |= {"config": None, "depth": None}
-    two: dict[str, Any] = {"adapters": {"second": Path("/a/second")}, "plans": {"D3": Path("/p/D3.json")}}
-    two |= {"config": Path("/c/two"), "depth": 4}
-    assert calls == [("/models/one", one | common), ("org/two", two | common)]
+from models import Backbone, device
+from models.costs.counter import MacCounter
     names = [metrics.registry.get_sample_value("slipstream_model_load_duration_seconds", {"model": n}) for n in caps]
     assert all(seconds is not None and seconds >= 0 for seconds in names)
 
@@ -298,3 +293,19 @@ def test_on_a_cpu_convolutions_are_laid_out_and_freed_memory_is_kept(
     assert kept == [True]
     assert "loaded sd in" in caplog.text
     assert "MiB on cpu as torch.float32" in caplog.text
+
+
+def test_a_model_whose_macs_cannot_be_counted_is_served_nevertheless(
+    instant: Warmed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone, _, _ = instant("sd", falling(until=4))
+    assert loading.warm_all({"m": backbone}, settings(max_rows=4), Metrics(), Pace()) == {"m": 4}
+    assert "network" in vars(backbone.counter), "it is made before the first request"
+    assert not caplog.records
+
+    def broken(self: MacCounter, *arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(MacCounter, "at", broken)
+    assert loading.warm_all({"m": backbone}, settings(max_rows=4), Metrics(), Pace()) == {"m": 4}
+    assert "the MACs of m cannot be counted" in caplog.text
