@@ -233,7 +233,8 @@ def feature_bytes(
 ) -> int:
     """The most that one trajectory ever remembers, in bytes, for latents of this size: known before it starts.
 
-    A gate remembers most where it has everything computed. `itemsize` is that of the network's numbers; predictions are kept in that of the latents.
+    A gate remembers most where it has everything computed. `itemsize` is that of the network's numbers; predictions
+    are kept in that of the latents.
     """
     sizes: dict[Feature, int] = {}
 

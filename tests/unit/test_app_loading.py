@@ -273,8 +273,15 @@ def test_every_model_gets_its_own_files(calls: list[tuple[str, dict[str, Any]]])
     backbones, caps = loading.load_all(chosen, metrics, Pace())
     assert list(backbones) == ["one", "two"]
     assert caps == {"one": 2, "two": 2}
-from models import Backbone, device
-from models.costs.counter import MacCounter
+    common = {"device": torch.device("cpu"), "dtype": "float32", "compile": True, "stepping": "batched"}
+    one: dict[str, Any] = {
+        "adapters": {"first": Path("/a/first")},
+        "plans": {n: Path(f"/p/{n}.json") for n in ("D1", "D2")},
+    }
+    one |= {"config": None, "depth": None}
+    two: dict[str, Any] = {"adapters": {"second": Path("/a/second")}, "plans": {"D3": Path("/p/D3.json")}}
+    two |= {"config": Path("/c/two"), "depth": 4}
+    assert calls == [("/models/one", one | common), ("org/two", two | common)]
     names = [metrics.registry.get_sample_value("slipstream_model_load_duration_seconds", {"model": n}) for n in caps]
     assert all(seconds is not None and seconds >= 0 for seconds in names)
 
