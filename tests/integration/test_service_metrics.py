@@ -32,6 +32,7 @@ from models import Backbone, load, macs
 from models.accelerators import CfgStudent, DeepCache, DeltaDiT
 from models.generate import decode
 from models.reuse.rows import Conditioning, Row
+from models.reuse.store import FeatureStore
 from tests.pipelines import save_adapter
 from tests.serving import PROMPT, Served, aio, serving, until
 
@@ -68,7 +69,7 @@ class Clock:
 
 
 class Priced:
-    """A network without arithmetic: a forward costs `price(rows)` seconds of a clock and predicts zeros."""
+    """A network without arithmetic: a forward costs `price(rows)` seconds of a clock; it predicts and keeps zeros."""
 
     def __init__(self, network: Any, clock: Clock, price: Callable[[int], float], real: bool = False) -> None:
         self._network, self._clock, self._price, self._real = network, clock, price, real
@@ -76,7 +77,9 @@ class Priced:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row], *rest: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row], store: FeatureStore
+    ) -> Tensor:
         """Wait at the gate, then let the time pass."""
         if (gate := self._clock.gate) is not None:
             self._clock.at_gate += 1
@@ -84,8 +87,12 @@ class Priced:
         self._clock.batches.append(len(rows))
         self._clock.now += self._price(len(rows))
         if self._real:
-            out: Tensor = self._network.forward(x, t, conditioning, rows, *rest)
+            out: Tensor = self._network.forward(x, t, conditioning, rows, store)
             return out
+        for row in rows:
+            for feature in row.plan.keep:
+                kept = x.new_zeros(1, *self._network.sites.shape(feature, *x.shape[2:]))
+                store.write([(row.memory, (feature, row.plan.step))], kept)
         return torch.zeros_like(x)
 
 
