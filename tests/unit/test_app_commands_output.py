@@ -115,7 +115,14 @@ def test_generate_leaves_the_rest_to_the_model(monkeypatch: pytest.MonkeyPatch, 
     library = Library(monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert slipstream("generate", "a ring").exit_code == 0
-    options: dict[str, Any] = {"device": "auto", "dtype": "auto", "adapters": {}, "plans": {}, "config": None}
+    options: dict[str, Any] = {
+        "device": "auto",
+        "dtype": "auto",
+        "stepping": "auto",
+        "adapters": {},
+        "plans": {},
+        "config": None,
+    }
     assert library.loaded == [("shapes-sd", options)]
     assert vars(library.requests[0]) == vars(Request(prompt="a ring", acceleration=[]))
     assert written(tmp_path) == {"image.png": COLOURS[0]}
