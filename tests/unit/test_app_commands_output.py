@@ -94,7 +94,7 @@ def test_generate_asks_for_all_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_p
     )  # fmt: skip
     assert ran.exit_code == 0, ran.output
     files = {"adapters": {"s": "a/b", "t": "c=d"}, "plans": {"p": "e"}, "config": Path("configs")}
-    assert library.loaded == [("m", {"device": "cpu", "dtype": "float32", **files})]
+    assert library.loaded == [("m", {"device": "cpu", "dtype": "float32", "stepping": "auto", **files})]
     asked = dict(vars(library.requests[0]))
     image = asked.pop("image")
     assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (9, 5), (10, 20, 30))
