@@ -64,6 +64,10 @@ class Metrics:
         self.steps = counter(
             "denoise_steps_total", "Steps of images, in full or reduced.", "model", "acceleration", "kind"
         )
+        self.evaluations = counter(
+            "network_evaluations_total", "Predictions of images' steps, computed or foretold.", "model", "kind"
+        )
+        self.forecasts = counter("forecast_steps_total", "Steps of images whose whole prediction was foretold.")
         self.macs = counter(
             "macs_total", "Multiply-accumulates of finished requests, computed or saved.", "model", "kind"
         )

@@ -41,6 +41,10 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights and arithmetic; auto: bfloat16 where that is faster, else float32."
     )
+    stepping: Literal["auto", "exact", "batched"] = Field(
+        "auto",
+        description="Schedulers' own steps, or a whole tick's by tables; auto: exact in float32 on a CPU.",
+    )
     compile: bool = Field(False, description="Compile the network's repeated blocks with torch.compile.")
     torch_threads: int = Field(0, ge=0, le=1024, description="CPU threads of an operator; 0 lets torch choose.")
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from models.adapters.lora import Lora
+from models.costs.counter import MacCounter
 from models.families.base import Family, Parts
 from models.families.vae import posterior
 from models.networks.base import Network
@@ -19,10 +21,6 @@ from models.reuse.plans import Role
 from models.reuse.rows import Conditioning, Row
 from models.reuse.store import FeatureStore
 from models.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from models.costs.counter import MacCounter
-
 
 Stepping = Literal["exact", "batched"]
 """Schedulers take their own steps, one trajectory at a time; or all of a tick step together, by tables of theirs."""
@@ -41,7 +39,6 @@ class Backbone:
     loras: Mapping[str, Lora]
     stepping: Stepping = "exact"
     features: FeatureStore = field(default_factory=FeatureStore, repr=False)
-    counters: dict[tuple[int, int, int], MacCounter] = field(default_factory=dict, repr=False)  # latent size, prompt
 
     @property
     def device(self) -> torch.device:
@@ -56,6 +53,18 @@ class Backbone:
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]) -> Tensor:
         """One forward of the network over rows in any order; predictions come in the same."""
         return self.network.forward(x, t, conditioning, rows, self.features)
+
+    @cached_property
+    def counter(self) -> MacCounter:
+        """Counts what rows cost, on a network of its own without weights."""
+        return self.make_counter()
+
+    def make_counter(self, attention_matmuls: bool = True) -> MacCounter:
+        """A counter for this network, loaded in part or as a whole."""
+        module: Any = self.network.module
+        depth = self.spec.depth if getattr(module, "mid_block", ()) is None else None
+        config = {**module.config, "_class_name": type(module).__name__}
+        return MacCounter(config, attention_matmuls, depth, self.family)
 
     @property
     def latent_dtype(self) -> torch.dtype:
@@ -117,5 +126,6 @@ class Backbone:
         return self.parts.prompts.nbytes
 
     def release(self) -> None:
-        """Forget what can be made again, for when the device has no memory left."""
+        """Give back what nobody needs or what can be made again, for when the device has no memory left."""
+        self.features.trim()
         self.parts.prompts.release()

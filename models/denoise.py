@@ -29,10 +29,13 @@ def advance(backbone: Backbone, trajectories: Sequence[Trajectory]) -> None:
     """Advance trajectories of one group by one evaluation each, whatever each of their plans asks for.
 
     Steps whose prediction is foretold need no forward: a trajectory takes those that follow at once. An exception in
-    the forward leaves every trajectory at its step, so that the tick can be tried again in parts.
+    the forward leaves every trajectory at its step, so that the tick can be tried again in parts; one behind it may
+    leave some at a foretold step, from where they go on.
     """
-    tick = Tick(backbone, trajectories, [(row, t) for t in trajectories for row in t.rows()])
-    tick.step(tick.forward())
+    computed = [t for t in trajectories if not t.plan.foretold]
+    if computed:
+        tick = Tick(backbone, computed, [(row, t) for t in computed for row in t.rows()])
+        tick.step(tick.forward())
     while trajectories := [t for t in trajectories if not t.done and t.plan.foretold]:
         tick = Tick(backbone, trajectories, ())
         tick.step(tick.foretold())

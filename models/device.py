@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,18 @@ class DeviceMemory:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the device (or the host) had no memory left."""
+    """Whether an exception says that the device (or the host) had no memory left.
+
+    Beside torch's allocator, the driver itself may say so; that harms nothing else.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        return "out of memory" in str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def poisons(error: BaseException) -> bool:
+    """Whether the device can do nothing more in this process: a kernel that failed on a GPU takes its context along."""
+    return isinstance(error, torch.AcceleratorError) and not out_of_memory(error)
 
 
 def release_memory() -> None:
@@ -55,6 +66,11 @@ def upload(values: Sequence[int] | Sequence[float], device: torch.device, dtype:
     """Numbers [n] on the device, without waiting for it."""
     t = torch.tensor(values, dtype=dtype)
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+
+def download(t: Tensor) -> Any:
+    """The numbers of a small tensor, in nested lists. This waits for the device."""
+    return t.tolist()
 
 
 def find_device(name: str | torch.device) -> torch.device:

@@ -19,7 +19,7 @@ from models.resolve import resolve
 from models.solvers.batched import first_state
 from models.solvers.names import takes
 from models.solvers.tables import NotLinear, Table, table
-from models.trajectory import Trajectory
+from models.trajectory import Trajectory, effective_steps
 
 Progress = Callable[[int, int], None]
 """Called after every tick with (steps done, steps in all) over all requests."""
@@ -146,4 +146,5 @@ def finish(backbone: Backbone, run: Run, trajectories: Sequence[Trajectory]) -> 
     """Decode the finished trajectories of one run."""
     latents = torch.cat([trajectory.latents for trajectory in trajectories])
     pictures = to_pictures(backbone.decode(latents))
-    return Result(pictures, latents, run.seeds, run.accelerators, usage(backbone, run))
+    ran = [effective_steps(trajectory) for trajectory in trajectories] if any(t.ran for t in trajectories) else None
+    return Result(pictures, latents, run.seeds, run.accelerators, usage(backbone, run, ran))

@@ -101,6 +101,16 @@ class Run:
         """Whether any step has an unconditional row."""
         return any(step.unconditional is not None for step in self.steps)
 
+    @property
+    def evaluations(self) -> int:
+        """Steps of one image with a forward: all but those whose prediction is foretold."""
+        return sum(not step.foretold for step in self.steps)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows over all steps and images."""
+        return sum(step.num_rows for step in self.steps) * len(self.seeds)
+
 
 @dataclass(frozen=True, eq=False)
 class Result:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from models.guidance import CONDITIONAL, Guidance, Scales
+from models.reuse.gates import GateState
 from models.reuse.plans import Role, RowPlan, StepRows
 from models.reuse.rows import Conditioning, Row
 from models.reuse.store import Memory
+from models.reuse.turns import Turn, settled
 
 if TYPE_CHECKING:
     from models.adapters.lora import Lora
     from models.solvers.tables import Table
 
+Decision = Literal["skipped", "computed"]
 Owner = Role
 OUTPUT: Owner = "output"
 """Whose memory: that of a row, by its role, or the trajectory's own, which is of its predictions."""
@@ -31,6 +34,7 @@ class Trajectory:
     scheduler is followed by its `table`. Without one there is a single register, and `scheduler` steps it and keeps its
     own history. `steps` says what each evaluation does; `timesteps` are the scheduler's, on the CPU, and `times` the
     same as plain numbers. `group` is equal for trajectories that can share a forward: of one shape, and of one `kind`.
+    `gate` is the state of its gate, and `ran` what the steps did that a gate had a part in.
     """
 
     state: Tensor
@@ -49,6 +53,9 @@ class Trajectory:
     step: int = 0
     watched: bool = False  # keep what `preview` needs
     foreseen: Tensor | None = None  # the clean latents that the last prediction points to; `watched` runs only
+    gate: GateState = field(default_factory=GateState)
+    turn: Turn | None = None  # the coming step's, once its rows were asked for
+    ran: dict[int, StepRows] = field(default_factory=dict)
     memory: dict[Owner, Memory] = field(init=False)
     group: Hashable = field(init=False)
 
@@ -93,24 +100,38 @@ class Trajectory:
 
     def plans(self) -> dict[Owner, RowPlan]:
         """What the rows of the coming step do, and what the trajectory does with its prediction."""
-        plan = self.plan
+        return self._by_owner(self.plan)
+
+    def _by_owner(self, plan: StepRows) -> dict[Owner, RowPlan]:
         found = {role: plan.conditional if role == CONDITIONAL else plan.unconditional for role in self.guidance.roles}
         return {owner: row for owner, row in (found | {OUTPUT: plan.output}).items() if row is not None}
 
     def rows(self) -> list[Row]:
         """The rows of the coming step; what they remember is in this trajectory's memory."""
+        if self.turn is None and self.plan.gated:
+            self.turn = Turn(self.gate, self.step)
         return [
-            Row(plan, role, self, self.memory[role], self.lora if plan.adapter is not None else None)
+            Row(plan, role, self, self.memory[role], self.lora if plan.adapter is not None else None, self.turn)
             for role, plan in self.plans().items()
             if role != OUTPUT
         ]
 
     def moved(self, state: Tensor) -> None:
         """Take the next state, and forget what no later step wants."""
-        for owner, plan in self.plans().items():
-            self.memory[owner].forget(plan.drop)
+        plan = self.plan
+        if self.turn is not None:
+            plan = self.ran[self.step] = self._settled(self.turn)
+            self.gate, self.turn = self.turn.after, None
+        for owner, row in self._by_owner(plan).items():
+            self.memory[owner].forget(row.drop)
         self.state = state
         self.step += 1
+
+    def _settled(self, turn: Turn) -> StepRows:
+        conditional, unconditional = (
+            row and settled(row, turn) for row in (self.plan.conditional, self.plan.unconditional)
+        )
+        return replace(self.plan, conditional=conditional, unconditional=unconditional)
 
     def preview(self) -> Tensor:
         """The clean latents that the last step's prediction points to, [1, channels, h, w]; `watched` runs only."""
@@ -123,3 +144,21 @@ class Trajectory:
     def memory_bytes(self) -> int:
         """Bytes of remembered features."""
         return sum(memory.nbytes for memory in self.memory.values())
+
+
+def effective_steps(trajectory: Trajectory) -> tuple[StepRows, ...]:
+    """Every step as it really ran, or will where no gate decides; a gate that is still to decide skips nothing."""
+    if not trajectory.ran:
+        return trajectory.steps
+    return tuple(trajectory.ran.get(i, step) for i, step in enumerate(trajectory.steps))
+
+
+def decisions(trajectory: Trajectory) -> dict[Decision, int]:
+    """How often its gate decided what so far; steps in which it had no choice are not counted."""
+    counts: dict[Decision, int] = {"skipped": 0, "computed": 0}
+    for i, ran in trajectory.ran.items():
+        for plan, did in zip(trajectory.steps[i], ran, strict=True):
+            if plan.gating is not None and not plan.gating.forced:
+                counts["skipped" if plan.gating.site in did.reads else "computed"] += 1
+                break  # a pair decides once
+    return counts

@@ -13,10 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from fastapi import FastAPI
 from PIL import Image
 
-from app.engine.job import Event, Failed, Finished, Job, Preview, Progress, Queued
+from app.engine.job import Event, Failed, Finished, Job, Pixels, Preview, Progress, Queued
 from app.errors import ServiceError
 from app.http import service
 from app.http.main import create_app
@@ -30,7 +31,7 @@ COLOURS = [(200, 10, 30), (20, 190, 40), (30, 60, 210)]
 """What image i of a request looks like."""
 DIM = [(90, 5, 15), (10, 80, 20), (15, 30, 99)]
 """What the previews of image i look like."""
-USAGE = Usage(steps=3, rows=24, macs=1000, macs_unaccelerated=4500)
+USAGE = Usage(steps=3, rows=24, macs=1000, macs_unaccelerated=4500, evaluations=2)
 QUEUED, STARTED, DENOISED, FINISHED = 10.0, 11.5, 15.0, 15.25
 OPENED, ANSWERED = 9.0, 17.0
 
@@ -71,9 +72,9 @@ class Engine:
         self.cancelled.append(job)
 
 
-def flat(job: Job, colour: tuple[int, int, int]) -> Image.Image:
-    """A picture of a job's size in one colour."""
-    return Image.new("RGB", (job.run.width, job.run.height), colour)
+def flat(job: Job, colour: tuple[int, int, int]) -> Pixels:
+    """A picture of a job's size in one colour, as the device hands it over."""
+    return torch.tensor(colour, dtype=torch.uint8).repeat(job.run.height, job.run.width, 1)
 
 
 def usual(job: Job) -> list[Event]:

@@ -21,6 +21,7 @@ from app.commands.options import (
     ScaleOption,
     SchedulerOption,
     SizeOption,
+    SteppingOption,
     StepsOption,
     console,
     parse_named,
@@ -49,6 +50,7 @@ def generate(
     config: ConfigOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    stepping: SteppingOption = "auto",
     output: OutputOption = Path("image.png"),
 ) -> None:
     """Draw one prompt and write it to a file; several images get -0, -1 … before the suffix."""
@@ -61,6 +63,7 @@ def generate(
         model,
         device=device,
         dtype=dtype,
+        stepping=stepping,
         adapters=parse_named(adapter, "--adapter"),
         plans=parse_named(plan, "--plan"),
         config=config,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ModelOption = Annotated[str, typer.Option("--model", help="A bundled name, a directory, or a hub id.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+SteppingOption = Annotated[
+    Literal["auto", "exact", "batched"], typer.Option("--stepping", help="Schedulers' own steps, or tables of them.")
+]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps; default the model's.")]
 ScaleOption = Annotated[float | None, typer.Option("--guidance-scale", help="Guidance scale; default the model's.")]
 SchedulerOption = Annotated[str | None, typer.Option("--scheduler", help="Noise scheduler; default the model's.")]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from app.engine.attempt import attempt
+from app.engine.attempt import bisect
+from app.engine.caps import Caps
 from app.engine.job import Event, Failed, Finished, Job, Lane, Preview
 from app.errors import ForwardFailed, OutOfMemory
 from app.logs import SERVER
@@ -30,13 +31,13 @@ class Decode:
 
 
 class Decoder:
-    """Decodes `chunk` latents at a time, fewer after the device ran out of memory. `end` ends a job."""
+    """Decodes `chunk` latents at a time, fewer of a group for which memory ended. `end` ends a job."""
 
     def __init__(
         self, backbones: Mapping[str, Backbone], chunk: int, metrics: Metrics, end: Callable[[Job, Event], None]
     ) -> None:
         self._backbones = backbones
-        self._chunk = chunk
+        self._caps = Caps(lambda _: chunk)
         self._metrics = metrics
         self._end = end
         self._waiting: deque[Decode] = deque()
@@ -54,31 +55,45 @@ class Decoder:
         self._waiting = deque(d for d in self._waiting if d.lane.job is not job)
 
     def work(self) -> None:
-        """Decode the oldest latents and those behind them that fit into the same batch."""
+        """Decode the oldest latents and those behind them that fit into the same batch.
+
+        A chunk that fails is halved until the picture at fault is alone, and only its job fails.
+        """
         group = self._waiting[0].lane.group
-        chunk = [d for d in self._waiting if d.lane.group == group][: self._chunk]
+        backbone, cap = self._backbones[group[0]], self._caps(group)
+        chunk = [d for d in self._waiting if d.lane.group == group][:cap]
         images: list[Tensor] = []
-        backbone = self._backbones[chunk[0].lane.job.model]
-        error = attempt(lambda: images.extend(decode(backbone, [d.latents for d in chunk])))
-        if error is not None and out_of_memory(error):
-            self._metrics.out_of_memory.inc()
-            release_memory()
-            if len(chunk) > 1:
-                self._chunk = len(chunk) // 2
-                return
-        taken = set(chunk)
-        self._waiting = deque(d for d in self._waiting if d not in taken)
-        if error is not None:
-            SERVER.error("decoding %d images failed", len(chunk), exc_info=error)
-            kind = OutOfMemory if out_of_memory(error) else ForwardFailed
-            for job in {d.lane.job for d in chunk}:
-                self._end(job, Failed(kind("the images could not be decoded")))
-            return
-        for waiting, image in zip(chunk, images, strict=True):
-            self._deliver(waiting, image)
+
+        def waiting(part: list[Decode]) -> list[Decode]:
+            return [d for d in part if d in self._waiting]
+
+        def work(part: list[Decode]) -> None:
+            images[:] = list(decode(backbone, [d.latents for d in part]))
+
+        for part, error in bisect(chunk, work, waiting):
+            if error is None:
+                if part == chunk:
+                    self._caps.held(group, len(part))
+                for one, image in zip(part, images, strict=True):
+                    self._deliver(one, image)
+                continue
+            if out_of_memory(error):
+                self._metrics.out_of_memory.inc()
+                backbone.release()
+                release_memory()
+                if len(part) > 1:
+                    self._caps.fell(group, len(part))
+            if len(part) > 1:
+                SERVER.warning("decoding %d pictures failed, trying halves: %r", len(part), error)
+            else:
+                SERVER.error("a picture could not be decoded", exc_info=error)
+                kind = OutOfMemory if out_of_memory(error) else ForwardFailed
+                self._waiting.remove(part[0])
+                self._end(part[0].lane.job, Failed(kind("the images could not be decoded")))
 
     def _deliver(self, decoded: Decode, image: Tensor) -> None:
         lane, job = decoded.lane, decoded.lane.job
+        self._waiting.remove(decoded)
         if decoded.step is not None:
             job.post(Preview(image, decoded.step, lane.index))
             return

@@ -139,6 +139,7 @@ class Engine:
     # The engine thread
 
     def _main(self) -> None:
+        worker: Worker | None = None
         try:
             if self._settings.torch_threads:
                 set_threads(self._settings.torch_threads)
@@ -165,8 +166,14 @@ class Engine:
             with self._lock:
                 if self._state != "stopped":
                     self._state = "dead"
-            if self._state == "dead":
-                self._answer_all(Failed(EngineDead("the engine has died while this request ran", retry_after=60)))
+                left = [*self._waiting, *self._running]
+            try:
+                if worker is not None:
+                    for job in left:
+                        worker.drop(job)
+            finally:
+                if self._state == "dead":
+                    self._answer_all(Failed(EngineDead("the engine has died while this request ran", retry_after=60)))
 
     def _collect(self, worker: Worker) -> bool:
         """Take in what came from other threads, waiting for it where there is nothing to do. False: stop."""

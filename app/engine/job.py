@@ -1,8 +1,8 @@
-"""One accepted request inside the engine: its images, its cancel flag, and the events that go back to its handler."""
+"""One accepted request inside the engine: its images, its timing, and the events that go back to its handler."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from app.errors import ServiceError
 from models.request import Run
+from models.reuse.plans import StepRows
 from models.trajectory import Trajectory
 
 Pixels = Tensor
@@ -124,7 +125,6 @@ class Job:
     post: Callable[[Event], None]
     progress: bool = False
     previews: int = 0
-    cancelled: str | None = None
     timing: Timing = field(default_factory=Timing)
     lanes: list[Lane] = field(init=False)
     preview_steps: frozenset[int] = field(init=False)
@@ -132,7 +132,7 @@ class Job:
     def __post_init__(self) -> None:
         group = (self.model, self.run.width, self.run.height)
         self.lanes = [Lane(self, index, group) for index in range(len(self.run.seeds))]
-        self.preview_steps = preview_steps(self.previews, len(self.run.steps))
+        self.preview_steps = shown(preview_steps(self.previews, len(self.run.steps)), self.run.steps)
         rows = (step.num_rows for step in reversed(self.run.steps))
         self._rows_left = [0, *accumulate(rows)][::-1]
 
@@ -160,3 +160,13 @@ class Job:
 def preview_steps(count: int, num_steps: int) -> frozenset[int]:
     """The steps after which a partial image is shown: `count` of them evenly over the run, never the last step."""
     return frozenset(k * num_steps // (count + 1) for k in range(1, count + 1)) - {0, num_steps}
+
+
+def shown(wanted: Iterable[int], steps: Sequence[StepRows]) -> frozenset[int]:
+    """Each wanted step, or the first after it at which a tick ends: steps that are foretold pass within one tick.
+
+    Where only foretold steps are left the finished image is next, and nothing is shown.
+    """
+    ends = [step for step in range(1, len(steps)) if not steps[step].foretold]
+    found = (next((end for end in ends if end >= step), None) for step in wanted)
+    return frozenset(step for step in found if step is not None)

@@ -12,10 +12,12 @@ from app.logs import SERVER
 from app.metrics import Metrics
 from app.settings import Settings
 from models.backbone import Backbone
+from models.costs.macs import counts_of
 from models.denoise import advance
 from models.device import find_device, keep_freed_memory, out_of_memory, release_memory, wait
 from models.generate import decode, start
 from models.resolve import least_request, resolve
+from models.reuse.plans import RowPlan
 from models.spec import short_name
 
 MEASURE_SECONDS = 4.0
@@ -38,7 +40,16 @@ def warm_all(backbones: Mapping[str, Backbone], settings: Settings, metrics: Met
         metrics.weight_bytes.labels(name, "base").set(backbone.weight_bytes())
         metrics.weight_bytes.labels(name, "adapter").set(backbone.adapter_bytes())
         caps[name] = _warm(name, backbone, settings, pace)
+        _count(name, backbone)
     return caps
+
+
+def _count(name: str, backbone: Backbone) -> None:
+    """Count a row once, so that no request waits until there is what counts."""
+    try:
+        counts_of(backbone, backbone.spec.native_width, backbone.spec.native_height).row(RowPlan())
+    except Exception:
+        SERVER.exception("the MACs of %s cannot be counted: its answers will not have them", name)
 
 
 def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
@@ -53,6 +64,7 @@ def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
         plans=settings.files("plan", short),
         config=settings.config_of(short),
         depth=settings.blocks(short),
+        stepping=settings.stepping,
         compile=settings.compile,
     )
     if device.type == "cpu":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from app.engine.attempt import attempt
+from app.engine.attempt import attempt, bisect
 from app.engine.batcher import Batcher
 from app.engine.budget import Budget, Door
+from app.engine.caps import Caps
 from app.engine.decoder import Decoder
 from app.engine.job import Event, Failed, Group, Job, Lane, Progress
 from app.engine.pace import Pace
@@ -46,9 +47,8 @@ class Worker:
         self._clock = clock
         self._started = started
         self._ended = ended
-        self._max_rows = max_rows
-        self._lowered: dict[Group, int] = {}  # caps of groups that ran out of memory
-        self._batcher: Batcher[Lane, Group] = Batcher(self._cap)
+        self._caps = Caps(lambda group: max_rows[group[0]])
+        self._batcher: Batcher[Lane, Group] = Batcher(self._caps)
         self._decoder = Decoder(backbones, settings.decode_chunk, metrics, self._end)
         self._feature_bytes: defaultdict[str, int] = defaultdict(int)
         self._budget = Budget(settings.max_feature_bytes)
@@ -81,15 +81,14 @@ class Worker:
             self._tick(lanes)
         if len(self._decoder):
             self._decoder.work()
+        for backbone in self._backbones.values():  # who was dropped since the last tick held features, too
+            backbone.features.trim()
 
     def _admit(self, job: Job, door: Door, admitted: set[Job]) -> bool:
         """Whether a job may start: all its images do together, with what they will remember."""
         if job not in admitted and door.admit(job.run.feature_bytes * len(job.lanes)):
             admitted.add(job)
         return job in admitted
-
-    def _cap(self, group: Group) -> int:
-        return self._lowered.get(group, self._max_rows[group[0]])
 
     def _end(self, job: Job, event: Event) -> None:
         self.drop(job)
@@ -108,9 +107,13 @@ class Worker:
         error = attempt(partial(backbone.prepare, [job.run for job in jobs]))
         if error is not None:
             SERVER.warning("encoding the prompts of %d jobs together failed, one by one now: %s", len(jobs), error)
+            if out_of_memory(error):
+                self._make_room(backbone)
         for job in jobs:
             error = attempt(partial(self._start_one, job, backbone))
             if error is not None:
+                if out_of_memory(error):
+                    self._make_room(backbone)
                 self._end(job, Failed(_start_error(error)))
                 continue
             job.timing.started = began
@@ -134,63 +137,70 @@ class Worker:
         if fresh:
             self._start(list(fresh), backbone)
         began = self._clock()
-        rows, plans = 0, set()
-        for lane in lanes:
-            if lane.trajectory is not None:
-                rows += lane.trajectory.num_rows
-                plans.add(lane.trajectory.plan.asked)
-        if not rows:
+        plans = [lane.trajectory.plan for lane in lanes if lane.trajectory is not None]
+        if not plans:
             return
         stepped = self._advance(lanes, backbone)
         self._fence.mark(backbone.device)
         seconds = self._clock() - began
         if not stepped:
             return
-        self._pace.observe(model, rows, seconds)
+        rows = sum(plan.num_rows for plan in plans)
+        if rows:  # none where only foretold steps were left over from a tick that failed behind its forward
+            self._pace.observe(model, rows, seconds)
         self._metrics.tick_seconds.labels(model).observe(seconds)
         self._metrics.tick_rows.labels(model).observe(rows)
-        self._metrics.tick_plans.labels(model).observe(len(plans))
+        self._metrics.tick_plans.labels(model).observe(len({plan.asked for plan in plans}))
         self._after(stepped)
 
     def _advance(self, lanes: Sequence[Lane], backbone: Backbone) -> list[Lane]:
-        """Advance what can be advanced and return it. Out of memory halves the batch, until single images fail."""
-        parts = deque([list(lanes)])
-        stepped: list[Lane] = []
-        while parts:
-            part = {lane: lane.trajectory for lane in parts.popleft() if lane.trajectory is not None}
-            if not part:
-                continue
-            before = {lane: lane.step for lane in part}
-            reduced = {lane: trajectory.plan.reduced for lane, trajectory in part.items()}
-            rows = sum(trajectory.num_rows for trajectory in part.values())
-            error = attempt(partial(advance, backbone, list(part.values())))
-            if error is None or out_of_memory(error):
-                done = [lane for lane in part if lane.step > before[lane]]
-                stepped += done
-                self._count_steps(done, reduced)
-            if error is None:
-                continue
-            left = [lane for lane in part if lane.step == before[lane]]
-            if not out_of_memory(error):
-                SERVER.error("a tick of %d images failed", len(part), exc_info=error)
-                self._fail(list(part), ForwardFailed, "the model failed on this batch")
-                continue
-            self._metrics.out_of_memory.inc()
-            backbone.release()
-            release_memory()
-            if len(part) == 1:
-                self._fail(left, OutOfMemory, "the device has not enough memory for this request")
-                continue
-            SERVER.warning("out of memory with %d rows, trying halves", rows)
-            self._lowered[left[0].group] = max(1, rows // 2)
-            middle = (len(left) + 1) // 2
-            parts.extendleft(half for half in (left[middle:], left[:middle]) if half)
-        return [lane for lane in stepped if lane.started]
+        """Advance what can be advanced and return it. A tick that fails is halved until who is at fault is alone."""
+        before = {lane: lane.step for lane in lanes}
+        whole = True
 
-    def _count_steps(self, lanes: Sequence[Lane], reduced: Mapping[Lane, bool]) -> None:
+        def undone(part: list[Lane]) -> list[Lane]:
+            return [lane for lane in part if lane.started and lane.step == before[lane]]
+
+        def work(part: list[Lane]) -> None:
+            advance(backbone, [lane.trajectory for lane in part if lane.trajectory is not None])
+
+        for part, error in bisect(lanes, work, undone):
+            # Some may have stepped before the error came.
+            self._count_steps([lane for lane in part if lane.step > before[lane]], before)
+            group, rows = part[0].group, [lane.job.run.steps[before[lane]].num_rows for lane in part]
+            if error is None:
+                if whole:
+                    self._caps.held(group, sum(rows), max(rows))
+                continue
+            whole, memory = False, out_of_memory(error)
+            if memory:
+                self._make_room(backbone)
+            if len(part) > 1:
+                SERVER.warning("a tick of %d rows failed, trying halves: %r", sum(rows), error)
+                if memory:
+                    self._caps.fell(group, sum(rows))
+            elif memory:
+                self._fail(undone(part), OutOfMemory, "the device has not enough memory for this request")
+            else:
+                SERVER.error("a step of one image failed", exc_info=error)
+                self._fail(undone(part), ForwardFailed, "the model failed on this request")
+        return [lane for lane in lanes if lane.started and lane.step > before[lane]]
+
+    def _make_room(self, backbone: Backbone) -> None:
+        """Give back what can be, where memory ended."""
+        self._metrics.out_of_memory.inc()
+        backbone.release()
+        release_memory()
+
+    def _count_steps(self, lanes: Sequence[Lane], before: Mapping[Lane, int]) -> None:
+        """Count the steps that these images have taken, of which all but the first need no forward."""
         for lane in lanes:
-            kind = "reduced" if reduced[lane] else "full"
-            self._metrics.steps.labels(lane.job.model, lane.job.acceleration, kind).inc()
+            job = lane.job
+            for step in job.run.steps[before[lane] : lane.step]:
+                kind = "reduced" if step.reduced else "full"
+                self._metrics.steps.labels(job.model, job.acceleration, kind).inc()
+                self._metrics.evaluations.labels(job.model, "forecast" if step.foretold else "computed").inc()
+                self._metrics.forecasts.inc(step.foretold)
 
     def _after(self, lanes: Sequence[Lane]) -> None:
         """Hand over what a tick brought: progress, previews, finished latents."""

@@ -14,7 +14,6 @@ from app.http.pictures import encode, to_base64
 from app.http.record import Record
 from app.http.schemas.requests import GenerationRequest, OutputFormat
 from app.http.schemas.responses import GeneratedImage, GenerationBody, TimingBody, UsageBody
-from models.costs.usage import Usage
 from models.families.vae import to_pictures
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class Generation:
     record: Record
     began: float
     deadline: float
-    costs: asyncio.Future[Usage]
+    costs: asyncio.Future[UsageBody]
     picture_digest: str | None
     finished: Finished | None = None
 
@@ -102,9 +101,7 @@ class Generation:
             model=self.job.model,
             images=images,
             acceleration=list(run.accelerators),
-            usage=UsageBody(
-                steps=costs.steps, rows=costs.rows, macs=costs.macs, macs_unaccelerated=costs.macs_unaccelerated
-            ),
+            usage=costs,
             timing=TimingBody(
                 queue_seconds=round(timing.queue, 6),
                 denoise_seconds=round(timing.denoise, 6),
@@ -134,8 +131,9 @@ class Generation:
         ):
             metrics.stage_seconds.labels(stage).observe(seconds)
         metrics.images.labels(self.job.model).inc(len(files))
-        metrics.macs.labels(self.job.model, "computed").inc(costs.macs)
-        metrics.macs.labels(self.job.model, "saved").inc(max(0, costs.macs_unaccelerated - costs.macs))
+        if costs.macs is not None and costs.macs_unaccelerated is not None:
+            metrics.macs.labels(self.job.model, "computed").inc(costs.macs)
+            metrics.macs.labels(self.job.model, "saved").inc(max(0, costs.macs_unaccelerated - costs.macs))
         return files
 
     async def preview(self, event: Preview) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,10 +18,12 @@ from app.http.generation import Generation, Mailbox
 from app.http.pictures import decode_base64, read
 from app.http.record import Record
 from app.http.schemas.requests import GenerationRequest
+from app.http.schemas.responses import UsageBody
+from app.logs import SERVER
 from app.metrics import Metrics, acceleration_label
 from app.settings import Settings
 from models.backbone import Backbone
-from models.costs.macs import Usage, usage
+from models.costs.macs import usage
 from models.device import set_threads
 from models.request import Request, Run
 from models.resolve import resolve
@@ -43,7 +45,6 @@ class Service:
         self.engine = engine
         self.metrics = metrics
         self._clerks = ThreadPoolExecutor(CLERKS, "clerk", initializer=set_threads, initargs=(1,))
-        self._counting = threading.Lock()
 
     def close(self) -> None:
         """Let the clerks go."""
@@ -138,6 +139,11 @@ class Service:
         run = resolve(spec, backbone.scheduler_config, request)
         return run, None if data is None else hashlib.sha256(data).hexdigest()
 
-    def _usage(self, backbone: Backbone, run: Run) -> Usage:
-        with self._counting:
-            return usage(backbone, run)
+    def _usage(self, backbone: Backbone, run: Run) -> UsageBody:
+        """On a clerk's thread, while the engine works. What cannot be counted keeps no picture from its client."""
+        try:
+            return UsageBody(**asdict(usage(backbone, run)))
+        except Exception as error:
+            SERVER.error("the MACs of a request could not be counted", exc_info=error)
+            counted = {"steps": len(run.steps), "evaluations": run.evaluations, "rows": run.num_rows}
+            return UsageBody(**counted, macs=None, macs_unaccelerated=None)

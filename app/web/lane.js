@@ -243,8 +243,10 @@ export class Lane {
     const rows = [
       fact(alone ? "Time alone" : "Time", seconds(own), "figure"),
       ratio === null ? null : fact("Speed-up", `${measured(ratio)}×`, "figure speed-up"),
-      isReference ? fact("MACs", quantity(macs)) : fact("MACs saved", [percent(1 - macs / full), h("small", {}, `of ${quantity(full)}`)]),
-      meter(macs / full),
+      ...(macs === null ? [] : [
+        isReference ? fact("MACs", quantity(macs)) : fact("MACs saved", [percent(1 - macs / full), h("small", {}, `of ${quantity(full)}`)]),
+        meter(macs / full),
+      ]),
       reference ? fact("PSNR", base ? decibels(psnr(base.pixels, this.result.pixels)) : "–") : null,
       alone ? fact("Together", [seconds(body.timing.total_seconds), h("small", {}, sameness(alone.psnr))]) : null,
     ];

@@ -6,9 +6,13 @@ A transformer is counted a block at a time: blocks that do the same cost the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
@@ -19,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.adapters.lora import Lora, meta_lora
 from models.families import Family, of_network
+from models.networks.base import Network
 from models.networks.sites import attention, blocks, level
 from models.networks.transformer import DiT, attention_rows
 from models.networks.unet import UNet, truncate
@@ -27,45 +32,96 @@ from models.reuse.rows import Conditioning, Places, Row
 from models.reuse.sites import Feature
 from models.reuse.store import FeatureStore
 
+MOST_COUNTS = 4096
+"""Counts kept of one network: a number each, and a key of about 500 bytes. Sizes are a client's choice."""
+
 
 class MacCounter:
-    """Counts for one network at one latent size. `text_tokens` is the length of its prompts."""
+    """Counts for one network, on any thread. It is made on the meta device once, when it is first needed."""
 
     def __init__(
         self,
         config: Mapping[str, Any],
-        latent_size: tuple[int, int],
-        text_tokens: int = 77,
         attention_matmuls: bool = True,
         depth: int | None = None,
         family: Family | None = None,
     ) -> None:
         """`depth`: of a U-Net loaded in part, the input blocks that were. `family`: whose network it is, if known."""
-        self._family = of_network(config) if family is None else family
-        with torch.device("meta"):
-            module = getattr(diffusers, self._family.network_class).from_config(config)
-        if depth is not None:
-            truncate(module, depth)
-        self._config = module.config
-        self._network = self._family.network(module.eval())
-        self._size = latent_size
-        self._text_tokens = text_tokens
-        self._attention_matmuls = attention_matmuls
-        self._loras: dict[Lora, Lora] = {}
-        self._counts: dict[tuple[Any, ...], int] = {}
+        self.config = config
+        self.family = of_network(config) if family is None else family
+        self.attention_matmuls = attention_matmuls
+        self._depth = depth
+        self._loras: WeakKeyDictionary[Lora, Lora] = WeakKeyDictionary()
+        self._counts: OrderedDict[tuple[Any, ...], int] = OrderedDict()
+        self._keeping = threading.Lock()
+        self._counting = threading.RLock()  # a count may need another
 
-    @property
-    def network(self) -> UNet | DiT:
+    @cached_property
+    def network(self) -> Network:
         """The network on the meta device."""
-        return self._network
+        with torch.device("meta"):
+            module = getattr(diffusers, self.family.network_class).from_config(self.config)
+        if self._depth is not None:
+            truncate(module, self._depth)
+        return self.family.network(module.eval())
 
     @property
     def parameters(self) -> int:
         """Weights of the whole network."""
-        return sum(p.numel() for p in self._network.module.parameters())
+        return sum(p.numel() for p in self._made().module.parameters())
+
+    def at(self, latent_size: tuple[int, int], text_tokens: int = 77) -> Counts:
+        """Counts at one latent size (height, width), for prompts of this length."""
+        return Counts(self, self._made(), latent_size, text_tokens)
+
+    def kept(self, key: tuple[Any, ...], count: Callable[[], int]) -> int:
+        """A number that was counted before, or is now; the ones used longest ago make room."""
+        if (known := self._known(key)) is not None:
+            return known
+        with self._counting:
+            if (known := self._known(key)) is not None:
+                return known
+            counted = count()
+            with self._keeping:
+                self._counts[key] = counted
+                while len(self._counts) > MOST_COUNTS:
+                    self._counts.popitem(last=False)
+            return counted
+
+    def meta(self, lora: Lora | None) -> Lora | None:
+        """An adapter without weights, which is let go of with the adapter."""
+        if lora is None:
+            return None
+        with self._counting:
+            if lora not in self._loras:
+                self._loras[lora] = meta_lora(lora)
+            return self._loras[lora]
+
+    def _known(self, key: tuple[Any, ...]) -> int | None:
+        with self._keeping:
+            if key in self._counts:
+                self._counts.move_to_end(key)
+            return self._counts.get(key)
+
+    def _made(self) -> Network:
+        with self._counting:
+            return self.network
+
+
+class Counts:
+    """What rows cost at one latent size and length of prompts."""
+
+    def __init__(self, counter: MacCounter, network: Network, latent_size: tuple[int, int], text_tokens: int) -> None:
+        self._counter = counter
+        self._network = network
+        self._size = latent_size
+        self._text_tokens = text_tokens
 
     def row(self, plan: RowPlan, lora: Lora | None = None) -> int:
         """MACs of one row of one forward."""
+        return self._row(plan, self._counter.meta(lora))
+
+    def _row(self, plan: RowPlan, lora: Lora | None) -> int:
         if isinstance(self._network, UNet):
             depth = min((site.start for site in plan.reads if site.kind == "level"), default=None)
             short = RowPlan() if depth is None else RowPlan(reads={level(depth): Reading(Zeros())})
@@ -82,10 +138,8 @@ class MacCounter:
         """MACs of one trajectory."""
         return sum(self.step(rows, lora) for rows in steps)
 
-    def _cached(self, key: tuple[Any, ...], count: Any) -> int:
-        if key not in self._counts:
-            self._counts[key] = count()
-        return self._counts[key]
+    def _cached(self, key: tuple[Any, ...], count: Callable[[], int]) -> int:
+        return self._counter.kept((self._size, self._text_tokens, *key), count)
 
     def _block(self, plan: RowPlan, block: int, lora: Lora | None) -> int:
         site = attention(block)
@@ -102,9 +156,7 @@ class MacCounter:
         reading = plan.reads.get(site)
         twin = reading is not None and isinstance(reading.reuse, Twin)
         keep = frozenset(f for f in plan.keep if f.site == site)
-        row = Row(
-            RowPlan(0, {} if reading is None else {site: reading}, keep), "conditional", self, lora=self._meta(lora)
-        )
+        row = Row(RowPlan(0, {} if reading is None else {site: reading}, keep), "conditional", self, lora=lora)
         partner = Row(RowPlan(0, {}, keep), "conditional", self)
         if twin:
             row.role = "unconditional"
@@ -133,21 +185,17 @@ class MacCounter:
 
     def _unet(self, plan: RowPlan, lora: Lora | None) -> int:
         x, t, conditioning = self._inputs(1)
-        row = Row(plan, "conditional", self, lora=self._meta(lora))
+        row = Row(plan, "conditional", self, lora=lora)
         return self._count(lambda: self._network.forward(x, t, conditioning, [row], FeatureStore()))
 
-    def _meta(self, lora: Lora | None) -> Lora | None:
-        if lora is None:
-            return None
-        return self._loras.setdefault(lora, meta_lora(lora))
-
     def _inputs(self, rows: int) -> tuple[Tensor, Tensor, Conditioning]:
-        x = torch.empty(rows, self._config["in_channels"], *self._size, device="meta")
-        conditioning = self._family.dummy(self._config, rows, self._text_tokens)
+        config: Any = self._network.module.config
+        x = torch.empty(rows, config["in_channels"], *self._size, device="meta")
+        conditioning = self._counter.family.dummy(config, rows, self._text_tokens)
         return x, torch.empty(rows, device="meta"), conditioning
 
     def _count(self, forward: Any) -> int:
-        hidden: AbstractContextManager[Any] = nullcontext() if self._attention_matmuls else _WithoutAttention()
+        hidden: AbstractContextManager[Any] = nullcontext() if self._counter.attention_matmuls else _WithoutAttention()
         with _Flops(display=False) as counter, torch.inference_mode(), hidden:
             forward()
         return int(counter.get_total_flops()) // 2

@@ -10,52 +10,36 @@ from diffusers import DDIMScheduler
 
 from models.accelerators import Accelerator
 from models.backbone import Backbone
-from models.costs.counter import MacCounter
+from models.costs.counter import Counts, MacCounter
 from models.costs.usage import Usage
 from models.families import Family, of_network
+from models.networks.base import Network
 from models.request import Run
 from models.resolve import least_request, resolve
-from models.reuse.plans import RowPlan
+from models.reuse.plans import RowPlan, StepRows
 from models.solvers.names import REGISTRY
 from models.spec import ModelSpec
 
-MOST_COUNTERS = 64
-"""Sizes of one model whose counts are kept."""
 
+def usage(backbone: Backbone, run: Run, ran: Sequence[Sequence[StepRows]] | None = None) -> Usage:
+    """What a run costs over all its images.
 
-def usage(backbone: Backbone, run: Run) -> Usage:
-    """What a run costs over all its images."""
+    Where gates decide it is known afterwards only, from the steps that every image `ran`
+    (`models.trajectory.effective_steps`); without them everything is taken to be computed.
+    """
     given = run.request.prompt_embeds
-    counter = counter_for(backbone, run.width, run.height, None if given is None else given.shape[1])
+    counts = counts_of(backbone, run.width, run.height, None if given is None else given.shape[1])
     lora = backbone.loras[run.adapter] if run.adapter is not None else None
     images, steps = len(run.seeds), len(run.steps)
-    rows = sum(step.num_rows for step in run.steps)
-    plain = counter.row(RowPlan()) * steps * (len(backbone.spec.roles) if run.guidance_scale > 1.0 else 1)
-    return Usage(steps, rows * images, counter.run(run.steps, lora) * images, plain * images)
+    plain = counts.row(RowPlan()) * steps * (len(backbone.spec.roles) if run.guidance_scale > 1.0 else 1)
+    macs = counts.run(run.steps, lora) * images if ran is None else sum(counts.run(steps, lora) for steps in ran)
+    return Usage(steps, run.num_rows, macs, plain * images, run.evaluations)
 
 
-def counter_for(backbone: Backbone, width: int, height: int, text_tokens: int | None = None) -> MacCounter:
-    """The counter of a loaded model at a size in pixels and a length of prompt; made once a size."""
-    scale, text_tokens = backbone.spec.latent_scale, text_tokens or backbone.parts.text_tokens
-    size = (height // scale, width // scale)
-    if (*size, text_tokens) not in backbone.counters:
-        while len(backbone.counters) >= MOST_COUNTERS:  # sizes are a client's choice
-            backbone.counters.pop(next(iter(backbone.counters)))
-        counter = MacCounter(
-            _config(backbone), size, text_tokens, depth=_loaded_depth(backbone), family=backbone.family
-        )
-        backbone.counters[*size, text_tokens] = counter
-    return backbone.counters[*size, text_tokens]
-
-
-def _loaded_depth(backbone: Backbone) -> int | None:
-    """How many input blocks were loaded of a U-Net that was loaded in part."""
-    return backbone.spec.depth if getattr(backbone.network.module, "mid_block", ()) is None else None
-
-
-def _config(backbone: Backbone) -> dict[str, Any]:
-    module: Any = backbone.network.module
-    return {**module.config, "_class_name": type(module).__name__}
+def counts_of(backbone: Backbone, width: int, height: int, text_tokens: int | None = None) -> Counts:
+    """What rows of a loaded model cost at a size in pixels and a length of prompt."""
+    scale = backbone.spec.latent_scale
+    return backbone.counter.at((height // scale, width // scale), text_tokens or backbone.parts.text_tokens)
 
 
 @dataclass(frozen=True)
@@ -91,14 +75,14 @@ def macs(
     `attention_matmuls=False` leaves attention's two products out, as many papers do.
     """
     if isinstance(model, Backbone):
-        config: Mapping[str, Any] = _config(model)
-        family = model.family
         spec, text_tokens = model.spec, model.parts.text_tokens
         scheduler_config, loras = model.scheduler_config, model.loras
+        counter = model.counter if attention_matmuls else model.make_counter(attention_matmuls=False)
     else:
-        config, loras, family = model, {}, of_network(model)
+        family, loras = of_network(model), {}
         text_tokens = family.usual_text_tokens
-        spec, scheduler_config = _bare_spec(family, config), DDIMScheduler().config
+        counter = MacCounter(model, attention_matmuls, family=family)
+        spec, scheduler_config = _bare_spec(family, counter.network), DDIMScheduler().config
     request = least_request(
         spec,
         acceleration=acceleration,
@@ -110,18 +94,16 @@ def macs(
     )
     run = resolve(spec, scheduler_config, request)
     size = (run.height // spec.latent_scale, run.width // spec.latent_scale)
-    depth = _loaded_depth(model) if isinstance(model, Backbone) else None
-    counter = MacCounter(config, size, text_tokens, attention_matmuls, depth, family)
+    counts = counter.at(size, text_tokens)
     lora = loras[run.adapter] if run.adapter is not None else None
-    steps = tuple(counter.step(step, lora) for step in run.steps)
-    row = counter.row(RowPlan())
+    steps = tuple(counts.step(step, lora) for step in run.steps)
+    row = counts.row(RowPlan())
     plain = row * len(steps) * (len(spec.roles) if run.guidance_scale > 1.0 else 1)
     return MacReport(row, steps, sum(steps), plain, counter.parameters)
 
 
-def _bare_spec(family: Family, config: Mapping[str, Any]) -> ModelSpec:
-    counter = MacCounter(config, (8, 8), family=family)
-    full: Any = counter.network.module.config
+def _bare_spec(family: Family, network: Network) -> ModelSpec:
+    full: Any = network.module.config
     facts = {"latent_scale": 8, **family.facts(full)}
     side, scale = full["sample_size"], facts["latent_scale"]
     height, width = side if isinstance(side, list | tuple) else (side, side)
@@ -130,8 +112,8 @@ def _bare_spec(family: Family, config: Mapping[str, Any]) -> ModelSpec:
         family=family.kind,
         layout=family.name,
         config_hash="",
-        sites=counter.network.sites,
-        depth=counter.network.depth,
+        sites=network.sites,
+        depth=network.depth,
         latent_channels=full["in_channels"],
         native_width=width * scale,
         native_height=height * scale,
@@ -145,4 +127,4 @@ def _bare_spec(family: Family, config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-__all__ = ["MacReport", "Usage", "counter_for", "macs", "usage"]
+__all__ = ["MacReport", "Usage", "counts_of", "macs", "usage"]

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Usage:
-    """What a request cost: `steps` evaluations a trajectory, `rows` in all, MACs with and without its accelerators."""
+    """What a request cost: `steps` a trajectory, `rows` in all, MACs with and without its accelerators.
+
+    `evaluations` are the steps of a trajectory with a forward: all but those whose prediction is foretold.
+    """
 
     steps: int
     rows: int
     macs: int
     macs_unaccelerated: int
+    evaluations: int

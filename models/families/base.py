@@ -150,7 +150,11 @@ class Family(ABC):
         return config.scaling_factor * latents  # type: ignore[no-any-return]
 
     def decode(self, parts: Parts, latents: Tensor) -> Tensor:
-        """The network's latents [images, channels, h, w] to pixels [images, height, width, 3] as bytes."""
+        """The network's latents [images, channels, h, w] to pixels [images, height, width, 3] as bytes.
+
+        A VAE in higher precision than the network has its latents scaled in its own, as in diffusers.
+        """
+        latents = latents.to(torch.promote_types(latents.dtype, parts.vae.dtype))
         return vae.decode(parts.vae, self.to_vae(latents, parts.vae.config))
 
     # Costs and training

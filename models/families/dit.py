@@ -56,7 +56,7 @@ class ClassConditional(Family):
     def network(self, module: Any) -> Network:
         """See `Family`."""
         network = DiT(module)
-        install(module, network.blocks)
+        install(module, network.reusable)
         return network
 
     def facts(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class PixArt(TextFamily):
     def network(self, module: Any) -> Network:
         """See `Family`."""
         network = DiT(module)
-        install(module, network.blocks)
+        install(module, network.reusable)
         return network
 
     def text_tokens(self, pipeline: Any) -> int:

@@ -16,8 +16,10 @@ class Network(Protocol):
     """The denoising network: serves rows with different plans in one forward."""
 
     module: nn.Module
-    reusable: Sequence[nn.Module]
-    """The attentions that are sites."""
+
+    @property
+    def reusable(self) -> Sequence[nn.Module]:
+        """The attentions that are sites."""
 
     @property
     def sites(self) -> Sites:

@@ -24,7 +24,8 @@ def attention(number: int) -> Site:
 
 @dataclass(frozen=True, slots=True)
 class UNetSites:
-    """Nested levels. `channels` and `halvings` of the hidden state that enters each level's output block.
+    """Nested levels. `channels` and `halvings` of the hidden state that enters each level's output block; `skips` are
+    the channels of the one that leaves its input block, of the same height and width.
 
     Part l is input block l, part L the middle, part 2L - l the output block that closes level l.
     """
@@ -32,6 +33,7 @@ class UNetSites:
     latent_channels: int
     channels: tuple[int, ...]
     halvings: tuple[int, ...]
+    skips: tuple[int, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -52,7 +54,7 @@ class UNetSites:
 
     def understands(self, site: Site) -> frozenset[str]:
         """See `Sites`."""
-        return frozenset({"recall"} if site == OUTPUT else {"recall", "zeros"})
+        return frozenset({"recall"} if site == OUTPUT else {"recall", "zeros", "gated by input"})
 
     def shape(self, feature: Feature, height: int, width: int) -> tuple[int, ...]:
         """See `Sites`."""
@@ -60,7 +62,8 @@ class UNetSites:
             return self.latent_channels, height, width
         for _ in range(self.halvings[feature.site.start]):
             height, width = (height + 1) // 2, (width + 1) // 2
-        return self.channels[feature.site.start], height, width
+        channels = self.skips if feature.kind == "probe" else self.channels
+        return channels[feature.site.start], height, width
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,10 @@ class TransformerSites:
 
     def understands(self, site: Site) -> frozenset[str]:
         """See `Sites`."""
-        return frozenset({"recall", "window", "shared"} if site.kind == "attention" else {"recall"})
+        if site.kind == "attention":
+            return frozenset({"recall", "window", "shared"})
+        gates = {"gated by input"} | ({"gated by residual"} if site.start else set())
+        return frozenset({"recall"} | (gates if site.kind == "blocks" else set()))
 
     def shape(self, feature: Feature, height: int, width: int) -> tuple[int, ...]:
         """See `Sites`."""

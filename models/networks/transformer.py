@@ -18,6 +18,8 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
 from models.networks.attention import AttentionRows
+from models.networks.gated_blocks import run_gated
+from models.networks.gating import gates_of
 from models.networks.sites import TransformerSites, attention
 from models.reuse.plans import RowPlan
 from models.reuse.rows import Conditioning, Places, Row, kept, put, segments
@@ -58,23 +60,35 @@ class DiT:
         self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row], store: FeatureStore
     ) -> Tensor:
         """Predict from latents x [rows, channels, height, width] at times t [rows], in the order given."""
-        order = sorted(range(len(rows)), key=lambda i: (*_zone(rows[i].plan), rows[i].plan.adapter or ""))
         places = Places(x)
+        gates = gates_of(rows, store, places)
+        order = sorted(range(len(rows)), key=lambda i: (*_zone(rows[i].plan), rows[i].plan.adapter or ""))
         x, t = places.take(x, order), places.take(t, order)
         conditioning = {name: places.take(value, order) for name, value in conditioning.items()}
         height, width = (side // self.module.config.patch_size for side in x.shape[-2:])
         h = self.embed(x)  # [rows, tokens, dim]
         inputs, embedded = self.conditions(h, t, conditioning)
-        h = self._run_blocks(h, inputs, [rows[i] for i in order], store, places)
+        rows = [rows[i] for i in order]
+        if gates is None:
+            h = self.run_blocks((0, self.depth), h, inputs, rows, store, places, {})
+        else:
+            h = run_gated(self, h, inputs, rows, store, places, gates)
         out = self._unpatchify(self._head(h, inputs, embedded), height, width)
         return places.take(out, sorted(range(len(order)), key=order.__getitem__))
 
-    def _run_blocks(
-        self, h: Tensor, inputs: BlockInputs, rows: Sequence[Row], store: FeatureStore, places: Places
+    def run_blocks(
+        self,
+        span: tuple[int, int],
+        h: Tensor,
+        inputs: BlockInputs,
+        rows: Sequence[Row],
+        store: FeatureStore,
+        places: Places,
+        begun: dict[Feature, Tensor],
     ) -> Tensor:
+        """The blocks of a span; `begun` has what entered the ranges that are to be remembered and have not ended."""
         ranges = list(kept(rows, "blocks"))
-        begun: dict[Feature, Tensor] = {}
-        for start, stop in self._stretches(rows, ranges):
+        for start, stop in self._stretches(span, rows, ranges):
             begun |= {feature: h for feature in ranges if feature.site.start == start}
             h = self._stretch(start, stop, h, inputs, rows, store, places)
             for feature in ranges:
@@ -84,11 +98,12 @@ class DiT:
                     store.write([(rows[i].memory, (feature, rows[i].plan.step)) for i in keepers], effect)
         return h
 
-    def _stretches(self, rows: Sequence[Row], kept: Sequence[Feature]) -> list[tuple[int, int]]:
+    def _stretches(self, span: tuple[int, int], rows: Sequence[Row], kept: Sequence[Feature]) -> list[tuple[int, int]]:
         """Stretches of blocks within which no row joins, leaves, or begins or ends a range to remember."""
         sites = {site for row in rows for site in row.plan.reads if site.kind == "blocks"}
         sites |= {feature.site for feature in kept}
-        return list(pairwise(sorted({0, self.depth, *(edge for s in sites for edge in (s.start, s.stop or 0))})))
+        edges = {edge for site in sites for edge in (site.start, site.stop or 0) if span[0] < edge < span[1]}
+        return list(pairwise(sorted({*span, *edges})))
 
     def _stretch(
         self,
@@ -197,7 +212,9 @@ def _reused(plan: RowPlan, block: int) -> Site | None:
 
 
 def _zone(plan: RowPlan) -> tuple[int, int]:
-    """Where a row stands in the batch: rear-reusers (widest first), full rows, front-reusers (widest last)."""
+    """Where a row stands in the batch: rear-reusers, widest first; open gates; full rows; front-reusers."""
+    if plan.gating is not None:
+        return 0, -1
     site = next((s for s in plan.reads if s.kind == "blocks"), None)
     if site is None or site.stop is None:
         return 0, 0

@@ -17,6 +17,7 @@ from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 
 from models.networks.attention import AttentionRows
+from models.networks.gating import Gates, gates_of
 from models.networks.sites import UNetSites, level
 from models.reuse.plans import Zeros
 from models.reuse.rows import Conditioning, Places, Row, keep, segments
@@ -34,6 +35,7 @@ class Level:
     up_attention: nn.Module | None
     upsampler: nn.Module | None
     inner_channels: int  # of the hidden state that enters the output block
+    skip_channels: int  # of the one that leaves the input block
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +50,18 @@ class _Batch:
     resize: bool  # a size that does not halve evenly all the way down
     store: FeatureStore
     places: Places
+    gates: Gates | None
 
-    def head(self, n: int) -> _Batch:
-        if n == len(self.rows):
+    def take(self, positions: Sequence[int]) -> _Batch:
+        if len(positions) == len(self.rows):
             return self
-        rows = self.rows[:n]
+        rows = [self.rows[i] for i in positions]
         return replace(
             self,
             rows=rows,
-            depths=self.depths[:n],
-            emb=self.emb[:n],
-            context=None if self.context is None else self.context[:n],
+            depths=[self.depths[i] for i in positions],
+            emb=self.places.take(self.emb, positions),
+            context=None if self.context is None else self.places.take(self.context, positions),
             adapters=None if self.adapters is None else AttentionRows(rows, segments(rows)),
         )
 
@@ -74,7 +77,10 @@ class UNet:
         for one in self.levels[1:]:
             halvings.append(halvings[-1] + isinstance(one.down, Downsample2D))
         self.sites = UNetSites(
-            int(module.config.out_channels), tuple(one.inner_channels for one in self.levels), tuple(halvings)
+            int(module.config.out_channels),
+            tuple(one.inner_channels for one in self.levels),
+            tuple(halvings),
+            tuple(one.skip_channels for one in self.levels),
         )
 
     @property
@@ -93,16 +99,18 @@ class UNet:
         self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row], store: FeatureStore
     ) -> Tensor:
         """Predict from latents x [rows, channels, height, width] at times t [rows], in the order given."""
+        places = Places(x)
+        gates = gates_of(rows, store, places)
         depths = [self._depth_of(row) for row in rows]
         order = sorted(
             range(len(rows)),
             key=lambda i: (
                 -depths[i],
+                rows[i].plan.gating is not None,
                 depths[i] < self.depth and self._zeros(rows[i], depths[i]),
                 rows[i].plan.adapter or "",
             ),
         )
-        places = Places(x)
         x, t = places.take(x, order), places.take(t, order)
         conditioning = {name: places.take(value, order) for name, value in conditioning.items()}
         rows = [rows[i] for i in order]
@@ -119,6 +127,7 @@ class UNet:
             any(side % factor for side in x.shape[-2:]),
             store,
             places,
+            gates,
         )
         h = self._descend(0, x, batch)
         out: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
@@ -130,18 +139,48 @@ class UNet:
             return self._middle(x, batch)
         this = self.levels[number]
         skip = self._attend(this.down_attention, self._down(this.down, x, batch.emb), batch)
-        deeper = sum(depth > number for depth in batch.depths)
-        parts: list[Tensor] = []
-        if deeper:
-            inner = self._descend(number + 1, skip[:deeper] if deeper < len(skip) else skip, batch.head(deeper))
-            keep(batch.store, batch.places, batch.rows[:deeper], Feature(level(number), "value"), inner)
-            parts.append(inner)
-        parts += self._recalled(number, batch.rows[deeper:], skip, batch.store)
-        h = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if batch.gates is None:
+            h = self._inside(number, skip, batch)
+        else:
+            h = self._gated_inside(number, skip, batch, batch.gates)
         h = self._attend(this.up_attention, this.up(torch.cat([h, skip], dim=1), batch.emb), batch)
         if this.upsampler is not None:
             h = this.upsampler(h, x.shape[2:] if batch.resize else None)
         return h
+
+    def _inside(self, number: int, skip: Tensor, batch: _Batch) -> Tensor:
+        """What enters a level's output block, from skip [rows, channels, h, w]; the head of the rows goes deeper."""
+        deeper = sum(depth > number for depth in batch.depths)
+        parts = [self._computed(number, skip, batch, range(deeper))] if deeper else []
+        parts += self._recalled(number, batch.rows[deeper:], skip, batch.store)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _gated_inside(self, number: int, skip: Tensor, batch: _Batch, gates: Gates) -> Tensor:
+        """The same where gates decide who goes deeper.
+
+        Rows whose gate is here, while others have theirs deeper, wait until all are decided; then they follow apart.
+        """
+        rows = batch.rows
+        if here := gates.at(rows, number):
+            gates.offer([rows[i] for i in here], batch.places.take(skip, here))
+        waiting = {i for i in here if gates.open(rows[i])}
+        deeper = [i for i, row in enumerate(rows) if self._depth_of(row) > number and i not in waiting]
+        parts = [self._computed(number, skip, batch, deeper)] if deeper else []
+        members = [deeper] if deeper else []
+        if late := [i for i in sorted(waiting) if self._depth_of(rows[i]) > number]:
+            parts.append(self._computed(number, skip, batch, late))
+            members.append(late)
+        rest = set(range(len(rows))) - {i for gone in members for i in gone}
+        members.append(sorted(rest, key=lambda i: (self._zeros(rows[i], number), i)))
+        parts += self._recalled(number, [rows[i] for i in members[-1]], skip, batch.store)
+        return batch.places.joined(parts, members)
+
+    def _computed(self, number: int, skip: Tensor, batch: _Batch, positions: Sequence[int]) -> Tensor:
+        """What the deeper levels give these rows, remembered for those that keep it."""
+        going = batch.take(positions)
+        inner = self._descend(number + 1, batch.places.take(skip, positions), going)
+        keep(batch.store, batch.places, going.rows, Feature(level(number), "value"), inner)
+        return inner
 
     def _recalled(self, number: int, rows: Sequence[Row], skip: Tensor, store: FeatureStore) -> list[Tensor]:
         """What enters the output block of rows that go no deeper: remembered, then zeros, [rows, channels, h, w]."""
@@ -204,7 +243,7 @@ def _levels(unet: Any) -> tuple[Level, ...]:
         ups += zip(block.resnets, _attentions(block), tails, strict=True)
     channels = [_out_channels(module) for module, _ in downs]
     return tuple(
-        Level(*down, *up, inner_channels=up[0].in_channels - skip)  # type: ignore[arg-type, operator]
+        Level(*down, *up, inner_channels=up[0].in_channels - skip, skip_channels=skip)  # type: ignore[arg-type, operator]
         for down, up, skip in zip(downs, reversed(ups), channels, strict=True)
     )
 

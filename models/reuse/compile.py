@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from models.reuse.plans import (
     Entry,
+    Gated,
     Reading,
     Recall,
     Reuse,
@@ -29,6 +30,7 @@ from models.reuse.plans import (
     Zeros,
 )
 from models.reuse.sites import OUTPUT, Feature, Site, Sites, contains, disjoint
+from models.reuse.turns import gate_of, most_entries, with_gate
 from models.reuse.weights import BASES, newton
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def compile_run(
     never foretold from values on the other side of such a switch.
     """
     plans = [merge(sites, [a.plan(step, num_steps) for a in accelerators]) for step in range(num_steps)]
+    gate = gate_of(sites, plans)
     guidance = [guided and plan.guided is not False for plan in plans]
     for step in range(1, num_steps):
         if guidance[step] and not guidance[step - 1]:
@@ -68,6 +71,11 @@ def compile_run(
         for role in (CONDITIONAL, UNCONDITIONAL)
     }
     conditional, unconditional = (_link(sites, asked, returns) for asked in views.values())
+    if gate is not None:
+        decided = [gate[0] in plan.reuse for plan in plans]
+        conditional, unconditional = (
+            with_gate(sites, gate, rows, decided, returns) for rows in (conditional, unconditional)
+        )
     output = _outputs(sites, plans, guidance)
     return tuple(
         StepRows(
@@ -114,12 +122,14 @@ def _computed(plan: StepPlan) -> StepPlan:
 
 
 def view(plan: StepPlan, role: Role) -> View:
-    """What the row with this role reuses in a step."""
+    """What the row with this role reuses in a step, whatever a gate decides."""
     return {site: _of_row(reuse, role) for site, reuse in plan.reuse.items() if _of_row(reuse, role) is not None}  # type: ignore[misc]
 
 
 def _of_row(reuse: Reuse, role: Role) -> RowReuse | None:
     """What the row with this role does; None: it computes the site in full."""
+    if isinstance(reuse, Gated):
+        return None
     if isinstance(reuse, Shared):
         return reuse.of if role == CONDITIONAL else Twin(reuse.of)
     return reuse
@@ -224,7 +234,8 @@ def feature_bytes(
 ) -> int:
     """The most that one trajectory ever remembers, in bytes, for latents of this size: known before it starts.
 
-    `itemsize` is that of the network's numbers; predictions are kept in that of the latents.
+    A gate remembers most where it has everything computed. `itemsize` is that of the network's numbers; predictions
+    are kept in that of the latents.
     """
     sizes: dict[Feature, int] = {}
 
@@ -235,9 +246,11 @@ def feature_bytes(
         return sizes[feature]
 
     held = most = 0
-    for step in steps:
+    by_role = [most_entries(steps, CONDITIONAL), *[most_entries(steps, UNCONDITIONAL)] * steps[0].guides]
+    for i, step in enumerate(steps):
         plans = [*step, step.output]
         held += sum(size(feature) for plan in plans for feature in plan.keep)
-        most = max(most, held)
+        gates = [rows[i] for rows in by_role]
+        most = max(most, held + sum(count * size(g.feature) + size(g.probe[0]) for g, count in gates if g and count))
         held -= sum(size(feature) for plan in plans for feature, _ in plan.drop)
     return most

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from models.reuse.gates import Gate
 from models.reuse.sites import OUTPUT, Feature, Kind, Site
 from models.reuse.weights import Basis
 
@@ -66,7 +67,20 @@ class Twin:
         return frozenset({"value", "residual"} if self.of is None else {"value"})
 
 
-Reuse = Zeros | Recall | Window | Shared
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """`recall` where the gate's rule finds little changed, else computed. A guided pair decides together."""
+
+    rule: Gate
+    recall: Recall = Recall()
+
+    @property
+    def name(self) -> str:
+        """A site may be able to give one probe and not the other."""
+        return f"gated by {self.rule.probe}"
+
+
+Reuse = Zeros | Recall | Window | Shared | Gated
 RowReuse = Zeros | Recall | Window | Twin
 
 
@@ -93,19 +107,45 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class Gating:
+    """What one row's gate does in one step. What it remembers of the site, and of its probe, outlasts each step.
+
+    `forced` steps compute the site without asking. At a `restart` what was computed before counts no more. After the
+    `last` step that may read anything, all is forgotten.
+    """
+
+    site: Site
+    feature: Feature
+    gated: Gated
+    forced: bool = False
+    restart: bool = False
+    last: bool = False
+
+    @property
+    def probe(self) -> Entry:
+        """The last probe, which each new one replaces."""
+        return Feature(self.site, "probe"), 0
+
+
+@dataclass(frozen=True, slots=True)
 class RowPlan:
-    """What one row does in one forward: `reads` in place of sites, `keep` of what it computes, `drop` afterwards."""
+    """What one row does in one forward: `reads` in place of sites, `keep` of what it computes, `drop` afterwards.
+
+    With `gating` the rest is what it does whatever its gate decides (`models.reuse.turns.settled`).
+    """
 
     step: int = 0
     reads: Mapping[Site, Reading] = field(default_factory=dict)
     keep: frozenset[Feature] = frozenset()
     drop: tuple[Entry, ...] = ()
     adapter: str | None = None
+    gating: Gating | None = None
 
     @property
     def asked(self) -> tuple[object, ...]:
         """Equal for rows that are asked for the same, whatever they remember."""
-        return self.adapter, frozenset((site, reading.reuse) for site, reading in self.reads.items())
+        gated = None if self.gating is None or self.gating.forced else (self.gating.site, self.gating.gated)
+        return self.adapter, frozenset((site, reading.reuse) for site, reading in self.reads.items()), gated
 
     @property
     def reduced(self) -> bool:
@@ -130,6 +170,11 @@ class StepRows:
     def num_rows(self) -> int:
         """None where the prediction is foretold, one, and where the step is guided one more for each of its guides."""
         return sum(1 for _ in self)
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate decides what this step does."""
+        return any(plan.gating is not None for plan in self)
 
     @property
     def foretold(self) -> bool:

@@ -6,12 +6,14 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from models.device import upload
 from models.reuse.plans import Role, RowPlan
 from models.reuse.sites import Feature
 from models.reuse.store import FeatureStore, Memory
+from models.reuse.turns import Turn
 
 if TYPE_CHECKING:
     from models.adapters.lora import Lora
@@ -24,13 +26,17 @@ Where = slice | Tensor
 
 @dataclass(eq=False, slots=True)
 class Row:
-    """One row of one forward. `owner` ties a guided pair together; `memory` is the trajectory's, kept across steps."""
+    """One row of one forward. `owner` ties a guided pair together; `memory` is the trajectory's, kept across steps.
+
+    Where its plan has a gate, `turn` takes the decision, and the network then gives the row the plan that follows.
+    """
 
     plan: RowPlan
     role: Role
     owner: Hashable
     memory: Memory = field(default_factory=Memory)
     lora: Lora | None = None
+    turn: Turn | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,8 @@ class Places:
 
     def where(self, positions: Sequence[int]) -> Where:
         """A slice where the positions are neighbours, else an index on the device."""
+        if isinstance(positions, range):
+            return slice(positions.start, positions.stop)
         first, last = positions[0], positions[-1]
         if last - first + 1 == len(positions) and all(p == first + i for i, p in enumerate(positions)):
             return slice(first, last + 1)
@@ -82,6 +90,12 @@ class Places:
         if isinstance(where, slice):
             return x if where.start == 0 and where.stop == len(x) else x[where]
         return x.index_select(0, where)
+
+    def joined(self, parts: Sequence[Tensor], members: Sequence[Sequence[int]]) -> Tensor:
+        """The rows of several tensors [rows, ...] as one, each in its position; together they are all there are."""
+        order = [i for positions in members for i in positions]
+        x = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return self.take(x, sorted(range(len(order)), key=order.__getitem__))
 
 
 def put(x: Tensor, where: Where, values: Tensor) -> None:

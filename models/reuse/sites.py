@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-Kind = Literal["value", "effect", "residual"]
-"""What is remembered of a site: its result, its result minus its input, or full minus banded attention."""
+Kind = Literal["value", "effect", "residual", "probe"]
+"""What is remembered of a site: its result, its result minus its input, full minus banded attention, or what its gate
+looked at."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

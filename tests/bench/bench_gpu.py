@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from app.engine.pace import knee
 from models import advance, generate
-from models.costs.macs import counter_for
+from models.costs.macs import counts_of
 from models.reuse.plans import RowPlan
 from tests.bench.gpu_checks import compiled, graphed, running, synchronisations, timed
 from tests.bench.gpu_models import MODELS, PEAK_TFLOPS, gpu_model
@@ -30,7 +30,7 @@ TINY = ("sd-tiny", "dit-tiny")
 def ticks(model: Model, most: int, peak: float) -> tuple[list[dict[str, object]], dict[int, float]]:
     """Time a tick, share of the card's matrix rate, and memory, by rows; stops where memory does."""
     spec = model.backbone.spec
-    flops = 2 * counter_for(model.backbone, spec.native_width, spec.native_height).row(RowPlan())
+    flops = 2 * counts_of(model.backbone, spec.native_width, spec.native_height).row(RowPlan())
     found: list[dict[str, object]] = []
     seconds: dict[int, float] = {}
     rows = 2

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 POPULATION = ("app/*.py", "models/*.py")
 """Globs over paths from the root of the checkout; * also matches /."""
@@ -91,7 +92,7 @@ def behaviour(text: str) -> str:
 
 
 class _Run(ast.NodeTransformer):
-    def visit(self, node: ast.AST) -> ast.AST | None:
+    def visit(self, node: ast.AST) -> Any:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:]
@@ -107,8 +108,7 @@ class _Run(ast.NodeTransformer):
             node.annotation = _calls(node.annotation)
         if isinstance(node, ast.AnnAssign):
             node.annotation = _calls(node.annotation) or ast.Tuple([])
-        visited: ast.AST | None = self.generic_visit(node)
-        return visited
+        return self.generic_visit(node)
 
 
 def _targets(node: ast.Assign | ast.AugAssign | ast.AnnAssign) -> list[str]:

@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +62,40 @@ def test_files(root: Path) -> list[str]:
     return [str(file.relative_to(root)) for file in files if file.name not in LEFT_OUT or "e2e" not in file.parts]
 
 
-def reaches(tree: Path, kept: Path, anew: bool) -> list[Reach]:
-    """What every test file reaches: as kept where that is fresh, else measured in the tree."""
+def reaches(trees: Sequence[Path], kept: Path, anew: bool, without: Sequence[str] = ()) -> list[Reach]:
+    """What every test file reaches: as kept where that is fresh, else measured, as many at a time as there are trees.
+
+    Files with one of `without` in their names are left out.
+    """
     kept.mkdir(parents=True, exist_ok=True)
-    found = []
-    for file in test_files(tree):
-        record = kept / f"{file.replace('/', '.')}.json"
-        reach = Reach(**json.loads(record.read_text())) if record.is_file() and not anew else None
-        if reach is None or not reach.fresh(tree):
-            reach = _measure(tree, file)
-            record.write_text(json.dumps(vars(reach)))
-            seconds = sum(reach.seconds.values())
-            print(f"{file}: {len(reach.seconds)} tests, {seconds:.0f} s, fail: {sorted(reach.failed)}", flush=True)
-        found.append(reach)
-    return found
+    files = [file for file in test_files(trees[0]) if not any(part in file for part in without)]
+    stale = [file for file in files if anew or (known := _kept(kept, file)) is None or not known.fresh(trees[0])]
+    fork = get_context("fork")
+    measuring = [fork.Process(target=_measure_all, args=(t, stale[i :: len(trees)], kept)) for i, t in enumerate(trees)]
+    for process in measuring:
+        process.start()
+    for process in measuring:
+        process.join()
+        if process.exitcode:
+            raise RuntimeError("a test file could not be measured, see above")
+    return [reach for file in files if (reach := _kept(kept, file)) is not None]
+
+
+def _record(kept: Path, file: str) -> Path:
+    return kept / f"{file.replace('/', '.')}.json"
+
+
+def _kept(kept: Path, file: str) -> Reach | None:
+    record = _record(kept, file)
+    return Reach(**json.loads(record.read_text())) if record.is_file() else None
+
+
+def _measure_all(tree: Path, files: Sequence[str], kept: Path) -> None:
+    for file in files:
+        reach = _measure(tree, file)
+        _record(kept, file).write_text(json.dumps(vars(reach)))
+        seconds = sum(reach.seconds.values())
+        print(f"{file}: {len(reach.seconds)} tests, {seconds:.0f} s, fail: {sorted(reach.failed)}", flush=True)
 
 
 def _measure(tree: Path, file: str) -> Reach:

@@ -58,6 +58,7 @@ def main() -> None:
     add("--timeout", type=float, default=300, help="seconds after which a run of tests hangs")
     add("--budget", type=float, default=120, help="seconds of tests on which a mutant then survives")
     add("--rest", action="store_true", help="then the rest of the suite on each survivor")
+    add("--without", action="append", default=[], help="test files with this in their name are not used; repeatable")
     add("--coverage", action="store_true", help="measure anew which tests reach which line, no mutants")
     add("--report", action="store_true", help="only the report of what has been run")
     given = parser.parse_args()
@@ -70,7 +71,7 @@ def main() -> None:
     trees = [copy_checkout(ROOT) for _ in range(given.jobs)]
     try:
         chosen = sample(trees[0], given)
-        reach = reaches(trees[0], HOME / "reach", given.coverage)
+        reach = reaches(trees, HOME / "reach", given.coverage, given.without)
         if not given.coverage:
             done = {result.key for result in results()}
             run([mutation for mutation in chosen if mutation.key not in done], reach, trees, given)

@@ -15,6 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from app.commands.generate import generate as generate_command
@@ -301,6 +302,17 @@ def test_a_single_file_with_the_configs_of_another_family(
 ) -> None:
     with pytest.raises(ModelLoadError, match=complaint):
         load(str(single), config=configs(layout), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("part", ["model.diffusion_model", "first_stage_model", "cond_stage_model"])
+def test_a_single_file_that_lacks_a_weight(
+    part: str, single: Path, configs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    tensors = load_file(single)
+    del tensors[[name for name in tensors if name.startswith(part)][-1]]
+    save_file(tensors, tmp_path / "less.safetensors")
+    with pytest.raises(ModelLoadError, match=r"less\.safetensors"):
+        load(str(tmp_path / "less.safetensors"), config=configs("sd"), device="cpu", dtype="float32")
 
 
 def test_a_single_file_wants_a_config_directory(single: Path, tmp_path: Path, pipeline_dir: Directories) -> None:

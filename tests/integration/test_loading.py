@@ -19,17 +19,25 @@ from app.settings import Settings
 from models import Backbone, Plan, Request, generate, load
 from models.accelerators import DeepCache, DepthSkip
 from models.errors import ModelLoadError, OutOfRange, RequestError, WrongBackbone
+from models.resolve import resolve
+from models.reuse.rows import Conditioning
 from models.solvers.names import REGISTRY
 from tests.integration.test_mixed import distance
 from tests.pipelines import save_adapter
 
 Backbones = Callable[..., Backbone]
 Directories = Callable[[str], Path]
+EMBEDS = "encoder_hidden_states"
 
 
 def request(layout: str, **options: Any) -> Request:
     content = {"class_label": 3} if layout == "dit" else {"prompt": "a red ring"}
     return Request(**{**content, "num_inference_steps": 2, "guidance_scale": 2.0, **options})
+
+
+@torch.inference_mode()
+def encoded(backbone: Backbone, *texts: str) -> list[Conditioning]:
+    return backbone.family.encode(backbone.parts, texts)
 
 
 def edit(file: Path, **changes: Any) -> None:
@@ -80,12 +88,13 @@ def test_missing_weights(copied: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("layout", ["sd", "sdxl", "dit", "pixart-sigma"])
 def test_types(layout: str, dtype: str, pipeline_dir: Directories, backbone_of: Backbones) -> None:
-    """Half precision stays close to single precision, double closer still; nothing comes out in another type."""
+    """Half precision stays close to single precision, double closer still; latents are single at least."""
     backbone = load(str(pipeline_dir(layout)), device="cpu", dtype=dtype)
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     [result] = generate(backbone, [request(layout, latents=latents)])
     [single] = generate(backbone_of(layout), [request(layout, latents=latents)])
-    assert result.latents.dtype == backbone.dtype == getattr(torch, dtype)
+    assert backbone.dtype == getattr(torch, dtype)
+    assert result.latents.dtype == backbone.latent_dtype == (torch.float64 if dtype == "float64" else torch.float32)
     tolerance = {"float16": 0.02, "bfloat16": 0.1, "float64": 1e-4}[dtype]
     assert distance(result.latents.double(), single.latents.double()) <= tolerance
 
@@ -244,13 +253,13 @@ def test_every_extra_beside_a_model(copied: Callable[[str], Path]) -> None:
         "max_sequence_length": 24,
     }
     (directory / "slipstream.json").write_text(json.dumps(extras))
-    backbone = load(str(directory), device="cpu")
+    backbone = load(str(directory), device="cpu", dtype="float32")
     spec = backbone.spec
     assert (spec.native_width, spec.native_height, spec.default_scheduler) == (48, 64, "dpmpp_2m")
     assert (spec.examples, spec.prompt_grammar) == (("a ring", "a star"), {"shapes": ["ring"]})
     assert (spec.description, spec.default_steps) == ("", 25)
-    [encoded] = backbone.conditioner.encode(["a ring"])
-    assert {name: tuple(tensor.shape) for name, tensor in encoded.items()} == {
+    [found] = encoded(backbone, "a ring")
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
         "encoder_hidden_states": (1, 24, 32),
         "encoder_attention_mask": (1, 24),
     }
@@ -258,17 +267,17 @@ def test_every_extra_beside_a_model(copied: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize(("layout", "tokens"), [("pixart-alpha", 120), ("pixart-sigma", 300), ("sd", None)])
 def test_prompts_are_padded_to_the_familys_length(layout: str, tokens: int | None, backbone_of: Backbones) -> None:
-    conditioner = backbone_of(layout).conditioner
-    [encoded] = conditioner.encode(["a ring"])
-    assert encoded["encoder_hidden_states"].shape[1] == conditioner.text_tokens
-    assert tokens is None or conditioner.text_tokens == tokens
+    backbone = backbone_of(layout)
+    [found] = encoded(backbone, "a ring")
+    assert found[EMBEDS].shape[1] == backbone.parts.text_tokens
+    assert tokens is None or backbone.parts.text_tokens == tokens
 
 
 def test_native_sizes_may_be_unlike(copied: Callable[[str], Path]) -> None:
     """A list in the config is height before width."""
     directory = copied("sd")
     edit(directory / "unet" / "config.json", sample_size=[12, 20])
-    spec = load(str(directory), device="cpu").spec
+    spec = load(str(directory), device="cpu", dtype="float32").spec
     assert (spec.native_width, spec.native_height) == (40, 24)
 
 
@@ -281,9 +290,8 @@ def test_image_to_image_pipelines_are_the_same_models(
 ) -> None:
     directory = copied(layout)
     edit(directory / "model_index.json", _class_name=name)
-    [ours], [theirs] = (
-        generate(b, [request(layout)]) for b in (load(str(directory), device="cpu"), backbone_of(layout))
-    )
+    same = load(str(directory), device="cpu", dtype="float32")
+    [ours], [theirs] = (generate(b, [request(layout)]) for b in (same, backbone_of(layout)))
     assert torch.equal(ours.latents, theirs.latents)
 
 
@@ -293,10 +301,10 @@ def test_the_hash_is_of_the_architecture(copied: Callable[[str], Path], backbone
     file = directory / "unet" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({"_name_or_path": "elsewhere", **dict(reversed(config.items()))} | {"_new": 1}))
-    assert load(str(directory), device="cpu").spec.config_hash == known
+    assert load(str(directory), device="cpu", dtype="float32").spec.config_hash == known
     assert len(known) == 16
     edit(file, sample_size=config["sample_size"] + 2)
-    assert load(str(directory), device="cpu").spec.config_hash != known
+    assert load(str(directory), device="cpu", dtype="float32").spec.config_hash != known
 
 
 @pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "slipstream.json"])
@@ -304,14 +312,14 @@ def test_files_that_are_no_json_are_named(file: str, copied: Callable[[str], Pat
     directory = copied("sd")
     (directory / file).write_text("{")
     with pytest.raises(ModelLoadError, match=rf"{file}: cannot be read"):
-        load(str(directory), device="cpu")
+        load(str(directory), device="cpu", dtype="float32")
 
 
 def test_a_missing_config_is_named(copied: Callable[[str], Path]) -> None:
     directory = copied("dit")
     (directory / "transformer" / "config.json").unlink()
     with pytest.raises(ModelLoadError, match=r"transformer/config\.json: cannot be read"):
-        load(str(directory), device="cpu")
+        load(str(directory), device="cpu", dtype="float32")
 
 
 def test_weights_missing_from_a_part_are_counted(copied: Callable[[str], Path]) -> None:
@@ -319,7 +327,7 @@ def test_weights_missing_from_a_part_are_counted(copied: Callable[[str], Path]) 
     weights = directory / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".elsewhere"))
     with pytest.raises(ModelLoadError, match=r"unet: \d+ weights are missing, conv_in\.bias first"):
-        load(str(directory), device="cpu", depth=2)
+        load(str(directory), device="cpu", dtype="float32", depth=2)
 
 
 @pytest.mark.parametrize("depth", [0, 10, -1])
@@ -333,12 +341,16 @@ def test_a_part_of_a_network_is_of_the_type_asked_for(pipeline_dir: Directories)
     assert {p.dtype for p in small.network.module.parameters()} == {torch.bfloat16}
 
 
-def test_auto_is_single_precision_on_a_cpu(pipeline_dir: Directories) -> None:
+@pytest.mark.parametrize(("faster", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_auto_is_the_precision_that_is_faster(
+    faster: bool, dtype: torch.dtype, pipeline_dir: Directories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.device.fast_bfloat16", lambda _: faster)
     backbone = load(str(pipeline_dir("sd")), device="cpu")
-    assert backbone.dtype == torch.float32
+    assert backbone.dtype == dtype
     assert backbone.device == torch.device("cpu")
     parameters = list(backbone.network.module.parameters())
-    assert {p.dtype for p in parameters} == {torch.float32}
+    assert {p.dtype for p in parameters} == {dtype}
     assert not any(p.requires_grad for p in parameters)
     assert not backbone.network.module.training
 
@@ -352,7 +364,7 @@ def test_a_vae_that_overflows_stays_in_single_precision(
     directory = copied("sd")
     edit(directory / "vae" / "config.json", force_upcast=upcast)
     backbone = load(str(directory), device="cpu", dtype=dtype)
-    assert torch.finfo(next(backbone.vae.parameters()).dtype).bits == expected
+    assert torch.finfo(next(backbone.parts.vae.parameters()).dtype).bits == expected
     assert torch.finfo(next(backbone.network.module.parameters()).dtype).bits == 16
 
 
@@ -411,7 +423,7 @@ def test_a_hub_id_is_its_snapshot(
     _cached(pipeline_dir("sd"), tmp_path, "somebody/tiny-model")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    backbone = load("somebody/tiny-model", device="cpu")
+    backbone = load("somebody/tiny-model", device="cpu", dtype="float32")
     assert backbone.spec.name == "tiny-model"
     [ours], [theirs] = (generate(b, [request("sd")]) for b in (backbone, backbone_of("sd")))
     assert torch.equal(ours.latents, theirs.latents)
@@ -440,54 +452,63 @@ def test_a_directory_of_a_bundled_name_is_the_bundled_model(tmp_path: Path, monk
 def _texts(backbone: Backbone) -> list[int]:
     """How many texts each pass of the text encoder had; filled in as they happen."""
     batches: list[int] = []
-    encoder = backbone.conditioner.modules()[0]
+    [encoder] = backbone.parts.encoders()
     encoder.register_forward_hook(lambda module, given, out: batches.append(len(out[0])))
     return batches
 
 
 def test_prompts_are_encoded_once_and_as_one_batch(pipeline_dir: Directories) -> None:
-    backbone = load(str(pipeline_dir("sd")), device="cpu")
-    batches, encode = _texts(backbone), backbone.conditioner.encode
-    first, again, empty, second = encode(["a ring", "a ring", None, "a star"])
+    """No negative prompt is the empty one."""
+    backbone = load(str(pipeline_dir("sd")), device="cpu", dtype="float32")
+    batches = _texts(backbone)
+
+    def prepared(**negatives: str | None) -> list[dict[str, Conditioning]]:
+        asked = [request("sd", prompt=f"a {shape}", negative_prompt=text) for shape, text in negatives.items()]
+        runs = [resolve(backbone.spec, backbone.scheduler_config, one) for one in [*asked, asked[0]]]
+        backbone.prepare(runs)
+        passes = list(batches)
+        found = [backbone.conditioning(run) for run in runs]
+        assert batches == passes
+        return found
+
+    ring, star, again = prepared(ring=None, star="")
     assert batches == [3]
-    assert torch.equal(first["encoder_hidden_states"], again["encoder_hidden_states"])
-    assert not torch.equal(first["encoder_hidden_states"], second["encoder_hidden_states"])
-    assert torch.equal(encode([""])[0]["encoder_hidden_states"], empty["encoder_hidden_states"])
-    encode(["a star", "a cross", "a ring"])
+    assert torch.equal(ring["conditional"][EMBEDS], again["conditional"][EMBEDS])
+    assert torch.equal(ring["unconditional"][EMBEDS], star["unconditional"][EMBEDS])
+    assert not torch.equal(ring["conditional"][EMBEDS], star["conditional"][EMBEDS])
+    prepared(star="", cross="a ring")
     assert batches == [3, 1]
-    for text, found in (("a ring", first), ("a star", second)):
-        alone = load(str(pipeline_dir("sd")), device="cpu").conditioner.encode([text])[0]
-        assert torch.allclose(alone["encoder_hidden_states"], found["encoder_hidden_states"], atol=1e-6)
+    for text, row in (("a ring", ring["conditional"]), ("a star", star["conditional"]), ("", star["unconditional"])):
+        [alone] = encoded(load(str(pipeline_dir("sd")), device="cpu", dtype="float32"), text)
+        assert torch.allclose(alone[EMBEDS], row[EMBEDS], atol=1e-6)
 
 
 def test_what_an_encoded_prompt_holds_is_its_own(pipeline_dir: Directories) -> None:
     """Writing into a result's dict changes no later one, and a cached prompt keeps no batch alive."""
-    conditioner = load(str(pipeline_dir("sd")), device="cpu").conditioner
-    first, _ = conditioner.encode(["a ring", "a star"])
+    backbone = load(str(pipeline_dir("sd")), device="cpu", dtype="float32")
+    first, _ = encoded(backbone, "a ring", "a star")
     first["more"] = torch.zeros(1)
-    assert set(conditioner.encode(["a ring"])[0]) == {"encoder_hidden_states"}
-    hidden = first["encoder_hidden_states"]
-    assert hidden.untyped_storage().nbytes() == hidden.nbytes
+    assert set(encoded(backbone, "a ring")[0]) == {EMBEDS}
+    assert first[EMBEDS].untyped_storage().nbytes() == first[EMBEDS].nbytes
 
 
-def test_the_prompt_that_was_used_longest_ago_is_forgotten(
-    pipeline_dir: Directories, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backbone = load(str(pipeline_dir("sd")), device="cpu")
-    conditioner = backbone.conditioner
-    module = sys.modules[type(conditioner).__module__]
-    assert module.CACHED_PROMPTS == 1024
-    monkeypatch.setattr(module, "CACHED_PROMPTS", 2)
+def test_the_prompt_that_was_used_longest_ago_is_forgotten(pipeline_dir: Directories) -> None:
+    backbone = load(str(pipeline_dir("sd")), device="cpu", dtype="float32")
+    prompts = backbone.parts.prompts
+    assert prompts.max_bytes == 256 * 2**20
     batches = _texts(backbone)
-    for text in ("a", "b", "a", "c", "a", "c"):  # c pushes b out, not a, which was used since
-        conditioner.encode([text])
+    encoded(backbone, "a")
+    prompts.max_bytes = 2 * backbone.prompt_cache_bytes
+    for text in ("b", "a", "c", "a", "c"):  # c pushes b out, not a, which was used since
+        encoded(backbone, text)
     assert batches == [1, 1, 1]
-    conditioner.encode(["b"])
+    encoded(backbone, "b")
     assert batches == [1, 1, 1, 1]
-    conditioner.encode(["c"])
+    encoded(backbone, "c")
     assert len(batches) == 4
-    conditioner.encode(["a"])
+    encoded(backbone, "a")
     assert len(batches) == 5
+    assert backbone.prompt_cache_bytes == prompts.max_bytes
 
 
 def test_sdxl_needs_both_kinds_of_embeddings(backbone_of: Backbones) -> None:
@@ -502,7 +523,7 @@ def test_sdxl_encodes_the_empty_prompt_where_its_config_says_so(
     """`force_zeros_for_empty_prompt` off: no zeros; a negative prompt is encoded in either case."""
     directory = copied("sdxl")
     edit(directory / "model_index.json", force_zeros_for_empty_prompt=False)
-    plain, zeros = load(str(directory), device="cpu"), backbone_of("sdxl")
+    plain, zeros = load(str(directory), device="cpu", dtype="float32"), backbone_of("sdxl")
 
     def drawn(backbone: Backbone, negative: str | None) -> torch.Tensor:
         return generate(backbone, [request("sdxl", negative_prompt=negative)])[0].latents

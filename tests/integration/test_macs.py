@@ -54,7 +54,7 @@ DIT_XL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def sd15() -> MacCounter:
-    return MacCounter(SD15, (64, 64), text_tokens=77)
+    return MacCounter(SD15)
 
 
 def giga(count: float, wanted: float) -> None:
@@ -62,11 +62,11 @@ def giga(count: float, wanted: float) -> None:
 
 
 def test_cifar_full_and_shallow() -> None:
-    counter = MacCounter(CIFAR, (32, 32))
-    giga(counter.row(RowPlan()), 6.222)
-    giga(MacCounter(CIFAR, (32, 32), attention_matmuls=False).row(RowPlan()), 6.054)
+    counts = MacCounter(CIFAR).at((32, 32))
+    giga(counts.row(RowPlan()), 6.222)
+    giga(MacCounter(CIFAR, attention_matmuls=False).at((32, 32)).row(RowPlan()), 6.054)
     for branch, wanted in enumerate([0.494, 1.283, 2.239, 3.384]):
-        giga(counter.row(RowPlan(reads={level(branch): Reading(Recall())})), wanted)
+        giga(counts.row(RowPlan(reads={level(branch): Reading(Recall())})), wanted)
 
 
 @pytest.mark.parametrize(("interval", "wanted"), [(10, 2.637), (5, 3.036), (3, 3.593), (2, 4.230)])
@@ -76,10 +76,11 @@ def test_cifar_deepcache_is_the_papers(interval: int, wanted: float) -> None:
 
 
 def test_sd15_full_and_shallow(sd15: MacCounter) -> None:
-    giga(sd15.row(RowPlan()), 401.64)
-    giga(MacCounter(SD15, (64, 64), attention_matmuls=False).row(RowPlan()), 338.61)
+    counts = sd15.at((64, 64), text_tokens=77)
+    giga(counts.row(RowPlan()), 401.64)
+    giga(MacCounter(SD15, attention_matmuls=False).at((64, 64)).row(RowPlan()), 338.61)
     for branch, wanted in enumerate([31.63, 90.07, 152.71]):
-        giga(sd15.row(RowPlan(reads={level(branch): Reading(Recall())})), wanted)
+        giga(counts.row(RowPlan(reads={level(branch): Reading(Recall())})), wanted)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models import Backbone, Plan, Request, advance, generate
-from models.accelerators import CfgStudent, DeepCache, DeltaDiT, DepthSkip, DiTFastAttn, SelectiveGuidance
+from models.accelerators import CfgStudent, DeepCache, DeltaDiT, DepthSkip, DiTFastAttn, Forecast, SelectiveGuidance
 from models.denoise import predict
 from models.generate import start
 from models.resolve import resolve
@@ -54,8 +54,13 @@ UNET_CASES: dict[str, Callable[[Backbone], dict[str, Any]]] = {
         "guidance_scale": 6.0,
     },
     "depth_skip": lambda _: {"acceleration": DepthSkip(depth=4), "scheduler": "pndm", "num_inference_steps": 4},
+    "forecast": lambda _: {
+        "acceleration": [Forecast(interval=3, order=2, warmup=2), SelectiveGuidance(stop=0.7)],
+        "scheduler": "unipc",
+        "num_inference_steps": 9,
+    },
     "student": lambda _: {
-        "acceleration": [CfgStudent(), DeepCache(interval=2, branch=6)],
+        "acceleration": [CfgStudent(), DeepCache(interval=2, branch=6, order=1)],
         "scheduler": "dpmpp_2m_karras",
         "num_inference_steps": 5,
         "guidance_scale": None,
@@ -90,6 +95,11 @@ DIT_CASES: dict[str, Callable[[Backbone], dict[str, Any]]] = {
         "scheduler": "dpmpp_2m",
         "num_inference_steps": 5,
         "guidance_scale": 6.0,
+    },
+    "forecast": lambda b: {
+        "acceleration": [Forecast(evaluations=4, basis="taylor", order=2), DeltaDiT(interval=2, blocks=3, order=1)],
+        "scheduler": "dpmpp_2m",
+        "num_inference_steps": 8,
     },
     "student": lambda _: {
         "acceleration": [CfgStudent(), DeltaDiT(interval=3, blocks=3, boundary=2)],
@@ -323,8 +333,11 @@ def test_rows_are_answered_in_the_order_given(layout: str, name: str, student_of
         for _ in range(i):
             advance(backbone, [trajectory])
     rows = [(row, trajectory) for trajectory in trajectories for row in trajectory.rows()]
-    alone = {(t, r.role): predict(backbone, [(row, t) for row in t.rows()])[t, r.role] for r, t in rows}
+    alone = {t: predict(backbone, [(row, t) for row in t.rows()])[t] for t in trajectories}
     random.Random(0).shuffle(rows)
     together = predict(backbone, rows)
-    for key, prediction in together.items():
-        assert distance(prediction, alone[key]) <= 1e-10
+    assert together.keys() == alone.keys()
+    for trajectory, predictions in together.items():
+        assert predictions.keys() == alone[trajectory].keys() == set(backbone.roles)
+        for role, prediction in predictions.items():
+            assert distance(prediction, alone[trajectory][role]) <= 1e-10

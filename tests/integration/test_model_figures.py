@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+import gc
 import threading
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from torch.nn.modules import module
 from models import Backbone, Request, load, macs
 from models.accelerators import CfgStudent, DeltaDiT, SelectiveGuidance
 from models.adapters.lora import WEIGHT_NAME
-from models.costs.counter import MacCounter
+from models.costs import counter as counting
+from models.costs.counter import Counts, MacCounter
 from models.costs.macs import Usage, usage
 from models.resolve import resolve
 from tests.integration.test_macs import CIFAR, DIT_XL, SD15
@@ -85,11 +89,11 @@ def test_a_student_pays_only_in_the_blocks_that_run(adapted: tuple[Backbone, dic
 def test_usage_is_by_images_steps_and_rows(adapted: tuple[Backbone, dict[str, Path]]) -> None:
     backbone, _ = adapted
     row = macs(backbone, num_inference_steps=1, guidance_scale=1.0).image
-    assert used(backbone, num_images=3, guidance_scale=1.5) == Usage(2, 12, 12 * row, 12 * row)
-    assert used(backbone, num_images=3, guidance_scale=1.0) == Usage(2, 6, 6 * row, 6 * row)
+    assert used(backbone, num_images=3, guidance_scale=1.5) == Usage(2, 12, 12 * row, 12 * row, 2)
+    assert used(backbone, num_images=3, guidance_scale=1.0) == Usage(2, 6, 6 * row, 6 * row, 2)
     half = SelectiveGuidance(stop=0.5)
-    assert used(backbone, num_inference_steps=6, num_images=2, acceleration=half) == Usage(6, 18, 18 * row, 24 * row)
-    assert used(backbone, scheduler="heun", num_inference_steps=3) == Usage(5, 10, 10 * row, 10 * row)
+    assert used(backbone, num_inference_steps=6, num_images=2, acceleration=half) == Usage(6, 18, 18 * row, 24 * row, 6)
+    assert used(backbone, scheduler="heun", num_inference_steps=3) == Usage(5, 10, 10 * row, 10 * row, 5)
 
 
 def test_a_given_prompt_is_counted_at_its_own_length(adapted: tuple[Backbone, dict[str, Path]]) -> None:
@@ -105,16 +109,61 @@ def test_a_given_prompt_is_counted_at_its_own_length(adapted: tuple[Backbone, di
     assert usual.macs - short.macs == STEPS * (TEXT_TOKENS - 7) * token
 
 
-def test_old_sizes_make_room_and_are_counted_again(
+def test_one_network_counts_all_sizes_and_old_counts_make_room(
     adapted: tuple[Backbone, dict[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backbone, _ = adapted
-    monkeypatch.setattr(sys.modules["models.costs.macs"], "MOST_COUNTERS", 2)
-    backbone.counters.clear()
-    sides = (16, 32, 48, 16)
-    found = [used(backbone, width=side, height=side, guidance_scale=1.0).macs for side in sides]
-    assert found[0] == found[3] < found[1] < found[2]
-    assert len(backbone.counters) == 2
+    """A row takes two counts, of a block and of all around the blocks: two sizes fit."""
+    backbone, made = replace(adapted[0]), list[str]()
+    family = type(backbone.family)
+    original = family.network
+
+    def network(self: Any, module: Any) -> Any:
+        made.append(type(module).__name__)
+        return original(self, module)
+
+    monkeypatch.setattr(family, "network", network)
+    monkeypatch.setattr(counting, "MOST_COUNTS", 4)
+    counted: list[tuple[int, ...]] = []
+    count = Counts._count
+
+    def watched(counts: Counts, forward: Any) -> int:
+        counted.append(counts._size)
+        return count(counts, forward)
+
+    monkeypatch.setattr(Counts, "_count", watched)
+    sizes = [(16, 32), (32, 16), (16, 32), (48, 32), (16, 32), (32, 16)]
+    found = [used(backbone, width=w, height=h, guidance_scale=1.0).macs for w, h in sizes]
+    assert found[0] == found[1] == found[2] == found[4] == found[5] < found[3]
+    # The fourth takes the place of the second, which was used longer ago than the first, and is counted anew.
+    assert counted == [(h // 2, w // 2) for w, h in (sizes[0], sizes[1], sizes[3], sizes[1]) for _ in range(2)]
+    assert made == ["PixArtTransformer2DModel"]
+
+
+def test_counts_on_many_threads_are_as_on_one(adapted: tuple[Backbone, dict[str, Path]]) -> None:
+    """All begin before there is a network, at sizes, prompts and adapters of their own, twice each."""
+    first, second = replace(adapted[0]), replace(adapted[0])
+    asked: list[dict[str, Any]] = [
+        {"width": width, "height": height, **more}
+        for width, height in ((16, 24), (24, 8))
+        for more in ({}, {"acceleration": CfgStudent(adapter="two")}, {"acceleration": CfgStudent(adapter="part")})
+    ]
+    expected = [used(first, **one) for one in asked]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: used(second, **one), asked * 2))
+    assert found == expected * 2
+
+
+def test_an_adapter_that_is_gone_is_not_kept_by_its_counts(
+    pipeline_dir: Callable[[str], Path], pipeline_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    student = save_adapter(pipeline_of("pixart-alpha").transformer, tmp_path / "gone", rank=2, guidance_scale=3.0)
+    folder = str(pipeline_dir("pixart-alpha"))
+    backbone = load(folder, device="cpu", dtype="float32", adapters={"gone": student})
+    used(backbone, acceleration=CfgStudent(adapter="gone"))
+    lora = weakref.ref(backbone.loras["gone"])
+    backbone.loras.clear()  # type: ignore[attr-defined]
+    gc.collect()
+    assert lora() is None
 
 
 def test_attentions_two_products_can_be_left_out(adapted: tuple[Backbone, dict[str, Path]]) -> None:
@@ -125,8 +174,8 @@ def test_attentions_two_products_can_be_left_out(adapted: tuple[Backbone, dict[s
 
 
 def test_bare_configs_have_the_known_parameters_and_defaults() -> None:
-    assert MacCounter(SD15, (8, 8)).parameters == 859_520_964  # Stable Diffusion 1.5's U-Net
-    assert MacCounter(CIFAR, (8, 8)).parameters == 35_746_307  # google/ddpm-cifar10-32
+    assert MacCounter(SD15).parameters == 859_520_964  # Stable Diffusion 1.5's U-Net
+    assert MacCounter(CIFAR).parameters == 35_746_307  # google/ddpm-cifar10-32
     small = {**DIT_XL, "num_layers": 2, "num_attention_heads": 2}
     plain = macs(small)
     assert len(plain.steps) == 50

@@ -19,8 +19,10 @@ from app.http.main import create_app
 from app.logs import configure
 from app.serve import Server
 from app.settings import Settings
-from models import Backbone
+from models import Backbone, Request
+from models.accelerators import DeepCache
 from models.generate import decode
+from models.resolve import resolve
 from models.reuse.rows import Row
 from models.trajectory import Trajectory
 from tests.serving import aio, hooked, pixels, serving, slowed, until
@@ -43,24 +45,49 @@ class Trouble:
 
 
 @aio
-async def test_a_raising_forward_answers_its_tick_and_goes_on(student_of: Model) -> None:
-    trouble = Trouble()
-    async with serving({"sd": slowed(hooked(student_of("sd"), trouble), 0.01)}) as served:
-        good = (await served.post()).json()
-        running = [asyncio.ensure_future(served.post(num_inference_steps=50, seed=i)) for i in range(2)]
-        streamed = asyncio.ensure_future(served.post(num_inference_steps=50, stream=True))
-        await served.until(lambda: served.value("requests_running") == 3)
-        trouble.armed = 1
-        for request in running:
-            answer = await request
-            assert answer.status_code == 500
-            assert answer.json()["error"]["code"] == "forward_failed"
-            assert "broken" not in answer.text
+async def test_an_image_that_the_model_fails_on_fails_alone(student_of: Model) -> None:
+    """Its neighbours of other accelerations, steps and numbers of images get the pictures that they get alone."""
+    poison = threading.Event()
+
+    def before(rows: Sequence[Row]) -> None:
+        if poison.is_set() and any(row.owner.guidance_scale == 6.5 for row in rows):  # type: ignore[attr-defined]
+            raise RuntimeError("broken")
+
+    bodies: list[dict[str, Any]] = [
+        {"seed": 1, "num_inference_steps": 20},
+        {"seed": 2, "num_inference_steps": 15, "acceleration": {"mode": "deepcache", "interval": 3}},
+        {"seed": 3, "num_inference_steps": 12, "num_images": 2, "acceleration": {"mode": "cfg_student"}},
+    ]
+    async with serving({"sd": slowed(hooked(student_of("sd"), before), 0.01)}, max_rows=16) as served:
+        alone = [(await served.post(**body)).json() for body in bodies]
+        good = [asyncio.ensure_future(served.post(**body)) for body in bodies]
+        bad = asyncio.ensure_future(served.post(guidance_scale=6.5, num_inference_steps=50, num_images=2))
+        streamed = asyncio.ensure_future(served.post(guidance_scale=6.5, num_inference_steps=50, stream=True))
+        await served.until(lambda: served.value("requests_running") == 5)
+        poison.set()
+        answer = await bad
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "forward_failed")
+        assert "broken" not in answer.text
         assert "forward_failed" in (await streamed).text
-        assert (pixels((await served.post()).json()) == pixels(good)).all()
+        for post, expected in zip(good, alone, strict=True):
+            answer = await post
+            assert answer.status_code == 200, answer.text
+            for i in range(len(expected["images"])):
+                assert abs(pixels(answer.json(), i) - pixels(expected, i)).max() <= 2
         assert served.engine.ready
         assert served.engine.jobs == 0
         assert served.value("feature_memory_bytes", model="sd") == 0
+
+
+@aio
+async def test_a_forward_that_raises_once_costs_nobody_anything(student_of: Model) -> None:
+    trouble = Trouble()
+    async with serving({"sd": slowed(hooked(student_of("sd"), trouble), 0.01)}) as served:
+        running = [asyncio.ensure_future(served.post(num_inference_steps=30, seed=i)) for i in range(3)]
+        await served.until(lambda: served.value("requests_running") == 3)
+        trouble.armed = 1
+        assert [(await post).status_code for post in running] == [200] * 3
+        assert trouble.armed == 0
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
@@ -134,9 +161,20 @@ async def test_a_dead_engine_turns_readiness_red_and_answers_everyone(
         assert isinstance(served.engine.failure, LookupError)
 
 
-def test_a_dead_engine_ends_the_server_after_its_answers(student_of: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings(port=0, model=("sd",), max_rows=2, torch_threads=1)
-    server = Server(create_app(settings, {"sd": student_of("sd")}), settings)
+@pytest.mark.parametrize("poison", [False, True])
+def test_a_dead_engine_ends_the_server_after_its_answers(
+    student_of: Model, monkeypatch: pytest.MonkeyPatch, poison: bool
+) -> None:
+    """By a bug of ours, or by a kernel that takes the device along: that forward is not tried again."""
+    tried: list[int] = []
+
+    def before(rows: Sequence[Row]) -> None:
+        if poison and server.engine.ready:
+            tried.append(len(rows))
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    settings = Settings(port=0, model=("sd",), max_rows=4, torch_threads=1)
+    server = Server(create_app(settings, {"sd": hooked(student_of("sd"), before)}), settings)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 60
@@ -148,27 +186,43 @@ def test_a_dead_engine_ends_the_server_after_its_answers(student_of: Model, monk
         raise LookupError("a bug")
 
     monkeypatch.setattr(worker.Worker, "_after", die)
-    answer = httpx.post(f"{server.address}/generate", json={"prompt": "a star", "num_inference_steps": 2})
+    body = {"prompt": "a star", "num_inference_steps": 2, "num_images": 2}
+    answer = httpx.post(f"{server.address}/generate", json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
     thread.join(30)
     assert not thread.is_alive()
     assert server.exit_code == 1
+    assert tried == [4] * poison
 
 
 @aio
-async def test_a_failing_decode_fails_its_images_only(student_of: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = decode
+async def test_a_picture_that_cannot_be_decoded_fails_its_request_only(
+    student_of: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A size that has no room, and one picture beside two others of its own size."""
+    original, finished = decode, list[torch.Tensor]()
+
+    def watched(backbone: Backbone, latents: Sequence[torch.Tensor]) -> Any:
+        finished.extend(latents)
+        return original(backbone, latents)
 
     def broken(backbone: Backbone, latents: Sequence[torch.Tensor]) -> Any:
-        if latents[0].shape[-1] == 8:
+        bad = finished[1]
+        if any(one.shape != bad.shape or torch.allclose(one, bad, atol=1e-3) for one in latents):
             raise RuntimeError("broken")
         return original(backbone, latents)
 
-    async with serving({"sd": student_of("sd")}) as served:
+    async with serving({"sd": student_of("sd")}, max_rows=16) as served:
+        monkeypatch.setattr(decoder, "decode", watched)
+        alone = [(await served.post(seed=seed)).json() for seed in (1, 2, 3)]
         monkeypatch.setattr(decoder, "decode", broken)
-        bad, good = await asyncio.gather(served.post(width=16, height=16), served.post())
-        assert (bad.status_code, good.status_code) == (500, 200)
-        assert bad.json()["error"]["code"] == "forward_failed"
+        small, *others = await asyncio.gather(
+            served.post(width=16, height=16), *(served.post(seed=seed) for seed in (1, 2, 3))
+        )
+        assert [answer.status_code for answer in (small, *others)] == [500, 200, 500, 200]
+        assert [answer.json()["error"]["code"] for answer in (small, others[1])] == ["forward_failed"] * 2
+        for i in (0, 2):
+            assert abs(pixels(others[i].json()) - pixels(alone[i])).max() <= 2
 
 
 @aio
@@ -196,7 +250,6 @@ async def test_features_above_their_limit_hold_new_images_back(student_of: Model
     backbone = slowed(hooked(student_of("sd"), lambda rows: seen.append(len(rows))), 0.01)
     async with serving({"sd": backbone}, max_feature_bytes=1) as served:
         body: dict[str, Any] = {"num_inference_steps": 9, "acceleration": {"mode": "deepcache"}}
-        assert (await served.post(**body)).status_code == 200  # from now on it is known what one needs
         seen.clear()
         first = asyncio.ensure_future(served.post(**body))
         await served.until(lambda: served.value("feature_memory_bytes", model="sd") > 0)
@@ -205,6 +258,36 @@ async def test_features_above_their_limit_hold_new_images_back(student_of: Model
         assert [answer.status_code for answer in answers] == [200] * 4
         assert served.value("feature_memory_bytes", model="sd") == 0
     assert seen == [2] * 36
+
+
+@aio
+async def test_a_first_wave_of_unseen_kinds_is_held_to_the_budget(student_of: Model) -> None:
+    """Kinds that nobody has asked for before, several images each: what they need is known before they start."""
+    held: list[int] = []
+    backbone = student_of("sd")
+    watched = hooked(backbone, lambda rows: held.append(watched.features.nbytes))
+    bodies: list[dict[str, Any]] = [
+        {"num_images": 3, "acceleration": {"mode": "deepcache", "interval": 3}},
+        {"num_images": 1, "acceleration": {"mode": "deepcache", "interval": 4, "branch": 1}},
+        {"num_images": 2, "acceleration": {"mode": "deepcache"}, "width": 48, "height": 32},
+        {"num_images": 2, "acceleration": {"mode": "deepcache", "interval": 5}, "guidance_scale": 1.0},
+        {"num_images": 3, "acceleration": {"mode": "deepcache", "interval": 6}, "scheduler": "euler"},
+    ]
+
+    def need(body: dict[str, Any]) -> int:
+        cache = DeepCache.model_validate(body["acceleration"])
+        request = Request(prompt="", num_inference_steps=9, **body | {"acceleration": cache})
+        return resolve(backbone.spec, backbone.scheduler_config, request).feature_bytes * request.num_images
+
+    needs = [need(body) for body in bodies]
+    limit = max(needs) + min(needs)
+    assert sum(needs) > 2 * limit
+    async with serving({"sd": watched}, max_feature_bytes=limit, max_rows=64) as served:
+        held.clear()
+        answers = await asyncio.gather(*(served.post(num_inference_steps=9, **body) for body in bodies))
+        assert [answer.status_code for answer in answers] == [200] * len(bodies)
+        assert 0 < max(held) <= limit
+        assert served.value("feature_memory_bytes", model="sd") == 0
 
 
 @aio

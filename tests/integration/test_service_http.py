@@ -56,6 +56,7 @@ async def test_json_answers_equal_the_library(student_of: Student) -> None:
     assert [image["seed"] for image in body["images"]] == [7, 8]
     usage = {
         "steps": 3,
+        "evaluations": 3,
         "rows": 12,
         "macs": expected.usage.macs,
         "macs_unaccelerated": expected.usage.macs_unaccelerated,

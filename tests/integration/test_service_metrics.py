@@ -32,6 +32,7 @@ from models import Backbone, load, macs
 from models.accelerators import CfgStudent, DeepCache, DeltaDiT
 from models.generate import decode
 from models.reuse.rows import Conditioning, Row
+from models.reuse.store import FeatureStore
 from tests.pipelines import save_adapter
 from tests.serving import PROMPT, Served, aio, serving, until
 
@@ -68,7 +69,7 @@ class Clock:
 
 
 class Priced:
-    """A network without arithmetic: a forward costs `price(rows)` seconds of a clock and predicts zeros."""
+    """A network without arithmetic: a forward costs `price(rows)` seconds of a clock; it predicts and keeps zeros."""
 
     def __init__(self, network: Any, clock: Clock, price: Callable[[int], float], real: bool = False) -> None:
         self._network, self._clock, self._price, self._real = network, clock, price, real
@@ -76,7 +77,9 @@ class Priced:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row], *rest: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row], store: FeatureStore
+    ) -> Tensor:
         """Wait at the gate, then let the time pass."""
         if (gate := self._clock.gate) is not None:
             self._clock.at_gate += 1
@@ -84,8 +87,12 @@ class Priced:
         self._clock.batches.append(len(rows))
         self._clock.now += self._price(len(rows))
         if self._real:
-            out: Tensor = self._network.forward(x, t, conditioning, rows, *rest)
+            out: Tensor = self._network.forward(x, t, conditioning, rows, store)
             return out
+        for row in rows:
+            for feature in row.plan.keep:
+                kept = x.new_zeros(1, *self._network.sites.shape(feature, *x.shape[2:]))
+                store.write([(row.memory, (feature, row.plan.step))], kept)
         return torch.zeros_like(x)
 
 
@@ -149,17 +156,18 @@ def buckets(found: dict[str, float], name: str) -> dict[str, float]:
 def test_every_duration_is_in_seconds_and_of_its_own_stage(student_of: Model, clock: Clock) -> None:
     """One request of two images: queue, encode, denoise, decode and files, each on its own and in all."""
     backbone = priced(student_of("sd"), clock, 0.125)
-    encode, slow = backbone.conditioner.encode, [ENCODE]
+    prompts = backbone.parts.prompts
+    encode, slow = prompts.encode, [ENCODE]
 
-    def encoded(prompts: Sequence[str | None]) -> Any:
+    def encoded(*arguments: Any) -> Any:
         clock.now += slow.pop() if slow else 0.0  # what comes later is remembered
-        return encode(prompts)
+        return encode(*arguments)
 
     @aio
     async def test() -> None:
         async with serving({"sd": backbone}, clock=clock) as served:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(backbone.conditioner, "encode", encoded)
+                patch.setattr(prompts, "encode", encoded)
                 answer = (await served.post(num_images=2, num_inference_steps=3)).json()
             found = await scraped(served)
         encoding, denoising, files = ENCODE, 3 * 4 * 0.125, 2 * FILE
@@ -358,7 +366,7 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
             found = await scraped(served)
         for usage, (_, label, steps, rows, images, (computed, plain)) in zip(usages, asked, strict=True):
             wanted = {"steps": steps, "rows": rows * images, "macs": computed * images}
-            assert usage == wanted | {"macs_unaccelerated": plain * images}, label
+            assert usage == wanted | {"macs_unaccelerated": plain * images, "evaluations": steps}, label
         assert part(found, "requests_total") == {
             "requests_total /generate sd none ok": 4,
             "requests_total /generate sd deepcache ok": 1,
@@ -401,6 +409,10 @@ def test_every_count_of_known_requests_one_after_another(student_of: Model, back
             "denoise_steps_total sd deepcache+selective_guidance reduced": 2,
             "denoise_steps_total dit delta_dit full": 2 * 2,
             "denoise_steps_total dit delta_dit reduced": 2 * 2,
+        }
+        evaluations = {"sd": sum(steps * n for _, _, steps, _, n, _ in of_sd) + 2, "dit": 4 * 2}
+        assert part(found, "network_evaluations_total", "forecast_steps_total") == {
+            f"network_evaluations_total {name} computed": value for name, value in evaluations.items()
         }
         row_counts = {"sd": sum(r * n for _, _, _, r, n, _ in of_sd) + 4, "dit": 16}
         ticks = {"sd": sum(steps for _, _, steps, *_ in of_sd) + 1, "dit": 4}

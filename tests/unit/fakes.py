@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -19,10 +20,12 @@ from app.errors import ServiceError
 from app.metrics import Metrics, acceleration_label
 from app.settings import Settings
 from models import Backbone, Request
+from models.families import Family, Parts
+from models.families.text import TextFamily
 from models.guidance import ClassifierFree
-from models.request import Run
+from models.networks.base import Network
 from models.resolve import resolve
-from models.reuse.plans import Role, StepRows
+from models.reuse.plans import StepRows
 from models.reuse.rows import Conditioning, Row
 from models.reuse.store import FeatureStore
 from models.spec import ModelSpec
@@ -39,48 +42,32 @@ def tiny_spec(**changes: Any) -> ModelSpec:
     return unet_spec(**{"native_width": 16, "native_height": 16, "latent_channels": 1, "adapters": {}, **changes})
 
 
-class FakeConditioner:
-    """Encodes nothing, and notes which prompts it was given together. `before` may raise."""
+class FakeText(TextFamily):
+    """Stable Diffusion with an encoder of one number a prompt, which notes the prompts of each of its batches.
 
-    def __init__(self) -> None:
-        self.batches: list[list[str | None]] = []
-        self.before: Callable[[Sequence[str | None]], object] = lambda prompts: None
+    `before(prompts)` is called ahead of each, and may raise or wait.
+    """
 
-    def of(self, run: Run) -> dict[Role, Conditioning]:
-        """One number a row."""
-        self.before([run.request.prompt])
-        return {role: {"text": torch.zeros(1, 1)} for role in self.roles(run)}
-
-    def encode(self, runs: Sequence[Run]) -> None:
-        """Note the batch."""
-        texts = [
-            run.request.prompt if role == "conditional" else run.request.negative_prompt
-            for run in runs
-            for role in self.roles(run)
-        ]
-        self.batches.append(texts)
-        self.before(texts)
-
-    @staticmethod
-    def roles(run: Run) -> list[Role]:
-        """Those of the run's rows."""
-        return ["conditional", "unconditional"] if run.guided else ["conditional"]
-
-
-class FakeFamily:
-    """Two rows a guided step; all may share a forward."""
-
+    name = "fake"
     guidance = ClassifierFree()
 
-    def group(self, conditioning: object) -> str:
-        """One for all."""
-        return "all"
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.before: Callable[[Sequence[str]], object] = lambda prompts: None
 
+    def encode_texts(self, parts: Parts, texts: list[str]) -> Conditioning:
+        """One number a prompt."""
+        self.batches.append(texts)
+        self.before(texts)
+        return {"encoder_hidden_states": torch.zeros(len(texts), 1, 1)}
 
-class FakeParts:
-    """Prompts of one token."""
+    def network(self, module: Any) -> Network:
+        """See `FakeNetwork`."""
+        raise NotImplementedError
 
-    text_tokens = 1
+    def dummy(self, config: Mapping[str, Any], rows: int, text_tokens: int) -> Conditioning:
+        """See `FakeCounter`."""
+        raise NotImplementedError
 
 
 class FakeNetwork:
@@ -90,7 +77,11 @@ class FakeNetwork:
 
 
 class FakeCounter:
-    """Ten MACs a row."""
+    """Ten MACs a row, at any size."""
+
+    def at(self, size: tuple[int, int], text_tokens: int) -> FakeCounter:
+        """The same at every size."""
+        return self
 
     def row(self, plan: object) -> int:
         """One row."""
@@ -101,16 +92,6 @@ class FakeCounter:
         return sum(10 * step.num_rows for step in steps)
 
 
-class FakeCounters(dict[Any, FakeCounter]):
-    """Has a counter for every size."""
-
-    def __contains__(self, key: object) -> bool:
-        return True
-
-    def __missing__(self, key: object) -> FakeCounter:
-        return FakeCounter()
-
-
 class FakeBackbone:
     """A model whose every prediction is the seed of its image.
 
@@ -119,19 +100,21 @@ class FakeBackbone:
     for pictures.
     """
 
-    def __init__(self, spec: ModelSpec | None = None) -> None:
+    def __init__(self, spec: ModelSpec | None = None, family: Family | None = None) -> None:
         self.spec = spec or tiny_spec()
         self.scheduler_config = CONFIG
         self.network = FakeNetwork()
-        self.conditioner = FakeConditioner()
         self.loras: dict[str, Any] = {}
         self.device = torch.device("cpu")
-        self.dtype = torch.float32
-        self.counters = FakeCounters()
+        self.dtype = self.latent_dtype = torch.float32
+        self.counter = FakeCounter()
         self.features = FeatureStore()
         self.stepping = "exact"
-        self.family = FakeFamily()
-        self.parts = FakeParts()
+        self.text = FakeText()
+        self.family = family or self.text
+        config = {"cross_attention_dim": 1, "num_embeds_ada_norm": self.spec.num_classes}
+        pipeline = SimpleNamespace(components={"text_encoder": nn.Module()}, text_encoder=nn.Module())
+        self.parts = Parts(pipeline, config, self.device, self.dtype, text_tokens=1)
         self.roles = self.family.guidance.roles
         self.before: Callable[[list[int]], object] = lambda seeds: None
         self.before_decode: Callable[[list[int]], object] = lambda seeds: None
@@ -152,13 +135,9 @@ class FakeBackbone:
         self.rows.append(len(rows))
         return torch.tensor(seeds, dtype=x.dtype).view(-1, 1, 1, 1).expand_as(x)
 
-    def prepare(self, runs: Sequence[Run]) -> None:
-        """Note the prompts that were encoded together."""
-        self.conditioner.encode(runs)
-
-    def conditioning(self, run: Run) -> dict[Role, Conditioning]:
-        """One number a row."""
-        return self.conditioner.of(run)
+    prepare = Backbone.prepare
+    conditioning = Backbone.conditioning
+    release = Backbone.release
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [images, height, width, 3] of one grey for each of the latents [images, channels, h, w]."""

@@ -41,6 +41,13 @@ def dit_spec(depth: int = 28, **changes: Any) -> ModelSpec:
     return replace(unet_spec(depth), **{**shape, "native_width": 128, "native_height": 128, **changes})
 
 
+def class_spec(depth: int = 28, **changes: Any) -> ModelSpec:
+    """The transformer above on one of ten classes in place of a prompt: square pictures, and none to start from."""
+    facts: dict[str, Any] = {"layout": "dit", "takes": "class_label", "inputs": frozenset({"class_label"})}
+    facts |= {"num_classes": 10, "has_text_encoder": False, "square": True, "image_to_image": False}
+    return dit_spec(depth, **{**facts, **changes})
+
+
 def run_spec(steps: int = 10, **changes: Any) -> RunSpec:
     """A guided run of the dit above."""
     run = RunSpec(

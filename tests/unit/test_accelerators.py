@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import jsonschema
@@ -16,13 +17,17 @@ from models.accelerators import (
     DeltaDiT,
     DepthSkip,
     DiTFastAttn,
+    Forecast,
     NoAcceleration,
     SelectiveGuidance,
 )
 from models.accelerators.base import Accelerator
 from models.accelerators.deepcache import nonuniform_steps
+from models.accelerators.forecast import spread
+from models.errors import OutOfRange
 from models.networks.sites import attention, blocks, level
 from models.reuse.plans import Recall, Reuse, Shared, StepPlan, Window, Zeros
+from models.reuse.sites import OUTPUT
 from models.search.attention_plan import Plan
 from tests.unit.specs import dit_spec, run_spec, unet_spec
 
@@ -68,6 +73,10 @@ PLANS: dict[str, tuple[Accelerator, list[StepPlan]]] = {
     ),
     "cfg_student": (CfgStudent(), [StepPlan(guided=False, adapter="student")] * 3),
     "depth_skip": (DepthSkip(depth=9), [ZEROS] * 3),
+    "forecast": (
+        Forecast(interval=3, order=2, warmup=2),
+        [FULL, FULL, StepPlan({OUTPUT: Recall(2)}), FULL, *[StepPlan({OUTPUT: Recall(2)})] * 2, FULL],
+    ),
     "selective_guidance": (
         SelectiveGuidance(start=0.25, stop=0.75),
         [StepPlan(guided=guided) for guided in (False, True, True, False)],
@@ -220,3 +229,66 @@ def test_each_says_what_it_is(mode: str) -> None:
 def test_plans_are_checked(change: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValidationError, match=complaint):
         Plan.model_validate({**PLAN.model_dump(), **change})
+
+
+@pytest.mark.parametrize(
+    ("forecast", "num_steps", "computed"),
+    [
+        (Forecast(), 5, [0, 2, 4]),
+        (Forecast(interval=4), 9, [0, 4, 8]),
+        (Forecast(interval=1), 3, [0, 1, 2]),
+        (Forecast(interval=4, warmup=3), 9, [0, 1, 2, 4, 8]),
+        (Forecast(evaluations=1), 4, [0]),
+        (Forecast(evaluations=2), 9, [0, 8]),
+        (Forecast(evaluations=4), 10, [0, 3, 6, 9]),
+        (Forecast(evaluations=13), 50, [0, 4, 8, 12, 16, 20, 25, 29, 33, 37, 41, 45, 49]),
+        (Forecast(evaluations=5), 5, [0, 1, 2, 3, 4]),
+        (Forecast(steps=(0, 1, 5)), 8, [0, 1, 5]),
+    ],
+)
+def test_which_steps_a_forecast_computes(forecast: Forecast, num_steps: int, computed: list[int]) -> None:
+    assert [step for step in range(num_steps) if not forecast.plan(step, num_steps).reuse] == computed
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 24, 25])
+def test_a_spread_has_as_many_steps_as_asked(count: int) -> None:
+    steps = sorted(spread(count, 25))
+    gaps = {b - a for a, b in pairwise(steps)}
+    assert len(steps) == count
+    assert steps[0] == 0
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (
+            {"interval": 2, "evaluations": 3},
+            "give one of interval, evaluations and steps, not interval and evaluations",
+        ),
+        ({"steps": (0, 2, 2)}, "steps must begin with 0 and rise"),
+        ({"steps": (1, 2)}, "steps must begin with 0 and rise"),
+        ({"steps": ()}, "at least 1 item"),
+        ({"order": 5}, "less than or equal to 4"),
+        ({"basis": "hermit"}, "'newton' or 'taylor'"),
+    ],
+)
+def test_forecasts_that_cannot_be(values: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        Forecast.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("forecast", "field"),
+    [(Forecast(evaluations=11), "acceleration.evaluations"), (Forecast(steps=(0, 10)), "acceleration.steps")],
+)
+def test_a_forecast_fits_its_run(forecast: Forecast, field: str) -> None:
+    with pytest.raises(OutOfRange) as caught:
+        forecast.bind(unet_spec(), run_spec(steps=10))
+    assert caught.value.field == field
+    assert forecast.bind(unet_spec(), run_spec(steps=11)) == forecast
+
+
+def test_caches_foretell_where_an_order_is_given() -> None:
+    assert DeepCache(order=1).plan(1, 9).reuse == {level(0): Recall(1)}
+    assert DeltaDiT(order=2).bind(dit_spec(4), run_spec()).plan(1, 9).reuse == {blocks(1, 4): Recall(2)}

@@ -19,7 +19,7 @@ from app.http.pictures import QUALITY
 from models import Plan
 from tests.faked import COLOURS, DIM, Faked, colour, faked, opened, request_of, specs
 from tests.serving import aio, events
-from tests.unit.specs import dit_spec
+from tests.unit.specs import class_spec, dit_spec
 
 ASKED: dict[str, Any] = {
     "prompt": "a ring",
@@ -34,11 +34,27 @@ ASKED: dict[str, Any] = {
     "timestep_warp": 0.5,
     "acceleration": [{"mode": "deepcache", "interval": 2}, {"mode": "selective_guidance", "stop": 0.5}],
 }
-DEEPCACHE = {"mode": "deepcache", "interval": 2, "branch": 0, "schedule": "uniform", "center": 15, "power": 1.5}
+DEEPCACHE = {
+    "mode": "deepcache",
+    "interval": 2,
+    "branch": 0,
+    "schedule": "uniform",
+    "center": 15,
+    "power": 1.5,
+    "order": 0,
+}
+    "mode": "deepcache",
+    "interval": 2,
+    "branch": 0,
+    "schedule": "uniform",
+    "center": 15,
+    "power": 1.5,
+    "order": 0,
+}
 GUIDANCE = {"mode": "selective_guidance", "start": 0.0, "stop": 0.5}
 FACTS = ASKED | {"model": "unet", "acceleration": [DEEPCACHE, GUIDANCE]}
 FACTS = {name: value for name, value in FACTS.items() if name != "num_images"}
-USAGE = {"steps": 3, "rows": 24, "macs": 1000, "macs_unaccelerated": 4500}
+USAGE = {"steps": 3, "evaluations": 2, "rows": 24, "macs": 1000, "macs_unaccelerated": 4500}
 TIMING = {"queue_seconds": 1.5, "denoise_seconds": 3.5, "decode_seconds": 0.25, "total_seconds": 8.0}
 
 
@@ -119,6 +135,7 @@ async def test_every_header_of_an_answer_in_bytes(monkeypatch: pytest.MonkeyPatc
         "height": "40",
         "output-format": "png",
         "steps": "3",
+        "evaluations": "2",
         "rows": "24",
         "macs": "1000",
         "macs-unaccelerated": "4500",
@@ -212,8 +229,7 @@ async def test_a_students_file_names_its_own_scale_and_adapter(monkeypatch: pyte
 
 @aio
 async def test_a_class_is_repeated_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = dit_spec(layout="dit", num_classes=10, has_text_encoder=False)
-    async with faked(monkeypatch, {"classes": spec}) as served:
+    async with faked(monkeypatch, {"classes": class_spec()}) as served:
         answer = await served.post(prompt="", class_label=3)
         assert request_of(opened(answer.json()["images"][0]["b64_json"]))["class_label"] == 3
 
@@ -340,7 +356,7 @@ async def test_every_field_of_a_form_arrives(monkeypatch: pytest.MonkeyPatch) ->
         request = run.request
         assert (request.prompt, request.negative_prompt, request.strength) == ("12", "null", 0.7)
         assert request.image is not None
-        assert (request.image.size, colour(request.image)) == ((6, 4), (9, 8, 7))
+        assert (request.image.size, colour(request.image)) == ((24, 40), (9, 8, 7))  # resized by whoever checks it
         assert (run.width, run.height, run.num_inference_steps, run.scheduler) == (24, 40, 4, "dpmpp_2m")
         assert [a.model_dump() for a in run.accelerators] == [{"mode": "depth_skip", "depth": 5}]
 
@@ -399,7 +415,7 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
         default_scheduler="euler", schedulers=("euler", "ddim"), description="draws", examples=("a ring", "a star"),
         prompt_grammar=grammar,
     )  # fmt: skip
-    models["classes"] = dit_spec(layout="dit", num_classes=10, has_text_encoder=False, adapters={})
+    models["classes"] = class_spec(adapters={})
     async with faked(monkeypatch, models) as served:
         listed = (await served.client.get("/v1/models")).json()
         modes = (await served.client.get("/accelerators")).json()
@@ -446,9 +462,9 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     student = {"name": "student", "guidance_scale": 4.0, "rank": 4, "parameters": 100, "negative_prompt": ""}
     assert unet["adapters"] == [student]
     assert [a["mode"] for a in unet["accelerators"]] == [
-        "none", "deepcache", "cfg_student", "depth_skip", "selective_guidance",
+        "none", "deepcache", "cfg_student", "depth_skip", "selective_guidance", "forecast",
     ]  # fmt: skip
-    assert [a["models"] for a in unet["accelerators"]] == [["unet"]] * 5
+    assert [a["models"] for a in unet["accelerators"]] == [["unet"]] * 6
     assert (classes["conditioning"], classes["num_classes"], classes["image_to_image"]) == ("class", 10, False)
     assert {mode["mode"]: (mode["models"], mode["families"]) for mode in modes["data"]} == {
         "none": (["unet", "dit", "classes"], ["unet", "dit"]),
@@ -458,6 +474,7 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
         "cfg_student": (["unet"], ["unet", "dit"]),
         "depth_skip": (["unet"], ["unet"]),
         "selective_guidance": (["unet", "dit", "classes"], ["unet", "dit"]),
+        "forecast": (["unet", "dit", "classes"], ["unet", "dit"]),
     }
     deepcache = next(mode for mode in modes["data"] if mode["mode"] == "deepcache")
     assert deepcache["paper"] == "https://arxiv.org/abs/2312.00858"

@@ -20,7 +20,7 @@ from app.commands.options import parse_named, parse_size
 from models import Plan
 from models.accelerators import DeepCache, SelectiveGuidance
 from models.search.warp_search import Warp
-from tests.unit.specs import dit_spec, unet_spec
+from tests.unit.specs import class_spec, dit_spec, unet_spec
 
 Asked = dict[str, Any]
 
@@ -91,15 +91,17 @@ def test_generate_asks_for_what_its_options_say(asked: Asked, tmp_path: Path) ->
     words = "generate ring --model m --steps 9 --guidance-scale 3.5 --negative-prompt dull --seed 5 --num-images 2"
     words += " --scheduler euler --size 48X64 --strength 0.3 --timestep-warp 0.5 --class-label 4"
     words += " --acceleration deepcache:interval=4 --acceleration selective_guidance:stop=0.5"
-    words += " --adapter a=/x --adapter b=/y --plan p=/z.json --device cpu --dtype float16"
+    words += " --adapter a=/x --adapter b=/y --plan p=/z.json --device cpu --dtype float16 --stepping batched"
     result = run(*words.split(), "--image", tmp_path / "start.png", "-o", output)
     assert result.exit_code == 0, result.output
     assert asked["load"] == {
         "name": "m",
         "device": "cpu",
         "dtype": "float16",
+        "stepping": "batched",
         "adapters": {"a": "/x", "b": "/y"},
         "plans": {"p": "/z.json"},
+        "config": None,
     }
     request = asked["request"]
     assert (request.prompt, request.negative_prompt, request.class_label) == ("ring", "dull", 4)
@@ -117,7 +119,9 @@ def test_generate_asks_for_what_its_options_say(asked: Asked, tmp_path: Path) ->
 def test_generates_defaults_are_the_requests(asked: Asked, tmp_path: Path) -> None:
     output = tmp_path / "drawn.png"
     assert run("generate", "a ring", "-o", output).exit_code == 0
-    assert asked["load"] == {"name": "shapes-sd", "device": "auto", "dtype": "auto", "adapters": {}, "plans": {}}
+    auto = dict.fromkeys(("device", "dtype", "stepping"), "auto")
+    options: Asked = {**auto, "adapters": {}, "plans": {}, "config": None}
+    assert asked["load"] == {"name": "shapes-sd", **options}
     bare, found = vars(models.Request(prompt="a ring")), vars(asked["request"])
     assert found | {"acceleration": ()} == bare
     assert list(tmp_path.iterdir()) == [output]
@@ -161,7 +165,7 @@ def test_plan_calibrates_on_the_models_examples(asked: Asked, tmp_path: Path) ->
 
 
 def test_plan_calibrates_on_classes_spread_over_all(asked: Asked, tmp_path: Path) -> None:
-    asked["spec"] = dit_spec(layout="dit", num_classes=1000)
+    asked["spec"] = class_spec(num_classes=1000)
     result = run("plan", "--threshold", "0.1", "-o", tmp_path / "plan.json")
     assert result.exit_code == 0, result.output
     assert [(r.class_label, r.seed) for r in asked["plan"]["requests"]] == [(0, 0), (250, 1), (500, 2), (750, 3)]

@@ -71,7 +71,7 @@ class Library:
         progress(3, 9)
         images = [Image.new("RGB", (6, 4), COLOURS[i]) for i in range(request.num_images)]
         seeds = tuple(request.seed + i for i in range(request.num_images))
-        usage = Usage(steps=12, rows=34, macs=2_500_000_000, macs_unaccelerated=10_000_000_000)
+        usage = Usage(steps=12, rows=34, macs=2_500_000_000, macs_unaccelerated=10_000_000_000, evaluations=12)
         return [models.Result(images, None, seeds, (), usage)]  # type: ignore[arg-type]
 
 
@@ -90,11 +90,11 @@ def test_generate_asks_for_all_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_p
         "--seed", "70", "--num-images", "3", "--scheduler", "euler", "--size", "24x40", "--image", str(start),
         "--strength", "0.6", "--timestep-warp", "0.5", "--class-label", "4", "--acceleration", "deepcache:interval=2",
         "--acceleration", "selective_guidance:stop=0.5", "--adapter", "s=a/b", "--adapter", "t=c=d", "--plan", "p=e",
-        "--device", "cpu", "--dtype", "float32", "-o", str(out / "ring.v1.png"),
+        "--config", "configs", "--device", "cpu", "--dtype", "float32", "-o", str(out / "ring.v1.png"),
     )  # fmt: skip
     assert ran.exit_code == 0, ran.output
-    options = {"device": "cpu", "dtype": "float32", "adapters": {"s": "a/b", "t": "c=d"}, "plans": {"p": "e"}}
-    assert library.loaded == [("m", options)]
+    files = {"adapters": {"s": "a/b", "t": "c=d"}, "plans": {"p": "e"}, "config": Path("configs")}
+    assert library.loaded == [("m", {"device": "cpu", "dtype": "float32", "stepping": "auto", **files})]
     asked = dict(vars(library.requests[0]))
     image = asked.pop("image")
     assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (9, 5), (10, 20, 30))
@@ -115,7 +115,15 @@ def test_generate_leaves_the_rest_to_the_model(monkeypatch: pytest.MonkeyPatch, 
     library = Library(monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert slipstream("generate", "a ring").exit_code == 0
-    assert library.loaded == [("shapes-sd", {"device": "auto", "dtype": "auto", "adapters": {}, "plans": {}})]
+    options: dict[str, Any] = {
+        "device": "auto",
+        "dtype": "auto",
+        "stepping": "auto",
+        "adapters": {},
+        "plans": {},
+        "config": None,
+    }
+    assert library.loaded == [("shapes-sd", options)]
     assert vars(library.requests[0]) == vars(Request(prompt="a ring", acceleration=[]))
     assert written(tmp_path) == {"image.png": COLOURS[0]}
 
@@ -262,7 +270,7 @@ def test_the_list_of_models() -> None:
 
 def test_the_list_of_accelerators() -> None:
     rows = {row[0]: row[1:] for row in rows_of(slipstream("accelerators").stdout)}
-    nonuniform = "interval = 3 branch = 0 schedule = uniform center = 15 power = 1.5"
+    nonuniform = "interval = 3 branch = 0 schedule = uniform center = 15 power = 1.5 order = 0"
     assert rows["deepcache"][:2] == ["unet", nonuniform]
     assert rows["deepcache"][3] == "https://arxiv.org/abs/2312.00858"
     assert rows["deepcache"][2].startswith("Between full steps, run only the outer levels of the U-Net")
@@ -270,5 +278,5 @@ def test_the_list_of_accelerators() -> None:
     assert rows["cfg_student"][:2] == ["unet dit", "adapter = auto"]
     assert rows["depth_skip"][:2] == ["unet", "depth = required"]
     assert list(rows) == [
-        "none", "deepcache", "delta_dit", "ditfastattn", "cfg_student", "depth_skip", "selective_guidance",
+        "none", "deepcache", "delta_dit", "ditfastattn", "cfg_student", "depth_skip", "selective_guidance", "forecast",
     ]  # fmt: skip

@@ -25,7 +25,7 @@ class Line:
     def __init__(self, patch: pytest.MonkeyPatch, room: int = 9) -> None:
         self.chunks: list[list[str]] = []
         self.ended: list[tuple[str, Event]] = []
-        backbones: dict[str, Any] = {"unet": None}
+        backbones = {"unet": FakeBackbone().real}
         self.decoder = Decoder(backbones, 4, Metrics(), lambda job, event: self.ended.append((job.id, event)))
         self._names: dict[int, str] = {}
 
@@ -128,18 +128,22 @@ def test_a_chunk_is_of_one_size_and_model_oldest_first() -> None:
     assert len(fakes.decoder) == 0
 
 
-def test_a_failed_chunk_answers_all_of_its_jobs_once_and_leaves_the_others() -> None:
-    fakes = Fakes(chunk=3)
+def test_a_picture_at_fault_fails_its_job_and_leaves_the_others() -> None:
+    fakes, tried = Fakes(chunk=4), list[list[int]]()
 
     def before(seeds: list[int]) -> None:
-        if 2 in seeds:
+        tried.append(seeds)
+        if 3 in seeds:
             raise RuntimeError("secret")
 
     fakes.unet.before_decode = before
     first, second, third = fakes.add(1), fakes.add(2, 4), fakes.add(6)
     fakes.work()
-    assert {job for job, _ in fakes.ended} == {first, second}
-    assert {error_of(event).code for _, event in fakes.ended} == {"forward_failed"}
+    assert tried == [[1, 2, 3, 4], [1, 2], [3, 4], [3]], "the fourth is of the job that has failed"
+    assert [job for job, _ in fakes.ended] == [first, second]
+    assert greys(fakes.ended[0][1]) == [1]
+    assert error_of(fakes.ended[1][1]).code == "forward_failed"
+    assert "secret" not in error_of(fakes.ended[1][1]).message
     assert len(fakes.decoder) == 1  # the rest of the second has gone with it
     fakes.work()
     assert fakes.ended[2][0] is third
@@ -158,13 +162,35 @@ def test_out_of_memory_with_a_single_picture_fails_its_job() -> None:
 
     fakes.unet.before_decode = before
     bad, *good = [fakes.add(seed) for seed in range(1, 6)]
-    for _ in range(3):
-        fakes.work()
-    assert sizes == [5, 2, 1]  # halves, and then it is one picture
-    assert [job for job, _ in fakes.ended] == [bad]
+    fakes.work()
+    assert sizes == [5, 3, 2, 1, 1, 1, 2]
+    assert [job for job, _ in fakes.ended] == [bad, *good]
     assert error_of(fakes.ended[0][1]).code == "out_of_memory"
-    assert sample(fakes.metrics, "out_of_memory_total") == 3
+    assert [greys(event) for _, event in fakes.ended[1:]] == [[2], [3], [4], [5]]
+    assert sample(fakes.metrics, "out_of_memory_total") == 4
+
+
+def test_chunks_are_lowered_by_size_and_grow_again() -> None:
+    """Wide pictures have room for two, then for all four; square ones and the other model for four all along."""
+    fakes, room = Fakes(chunk=4), [2]
+
+    def before(seeds: list[int]) -> None:
+        if min(seeds) >= 100 and len(seeds) > room[0]:
+            raise torch.OutOfMemoryError
+
+    fakes.unet.before_decode = before
+    wide: dict[str, int] = {"width": 24, "height": 16}
+    fakes.add(100, 4, **wide)
+    fakes.work()
+    assert fakes.unet.decoded == [[100, 101], [102, 103]]
+    room[0] = 9
+    fakes.unet.decoded.clear()
+    fakes.add(1, 4)
+    fakes.add(1, 4, model="other", **wide)
+    fakes.add(110, 100, **wide)
     while len(fakes.decoder):
         fakes.work()
-    assert sizes[3:] == [1] * 4, "chunks stay small"
-    assert [job for job, _ in fakes.ended[1:]] == good
+    assert fakes.unet.decoded[0] == fakes.other.decoded[0] == [1, 2, 3, 4]
+    sizes = [len(chunk) for chunk in fakes.unet.decoded[1:]]
+    assert sizes == [2] * 16 + [3] * 16 + [4] * 5
+    assert sample(fakes.metrics, "out_of_memory_total") == 1

@@ -19,6 +19,7 @@ from app.errors import Draining, EngineDead, Loading, QueueFull, Unavailable
 from app.metrics import Metrics
 from app.settings import Settings
 from models.accelerators import DeepCache
+from models.trajectory import Trajectory
 from tests.unit.fakes import FEATURE_BYTES, Clock, FakeBackbone, error_of, greys, make_job, sample
 
 PATIENCE = 20.0
@@ -370,6 +371,50 @@ def test_a_dead_engine_answers_the_running_and_the_waiting() -> None:
         served.engine.close()
         assert served.state() == "dead"
         assert all(served.events[job].empty() for job in (beside, waits))
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError("CUDA error: device-side assert triggered"), LookupError])
+def test_a_poisoned_device_and_a_bug_end_the_engine_and_hold_no_features(error: Exception) -> None:
+    """Two run, with features remembered; the poison is met once, and never tried again."""
+    with running(max_rows=2) as served:
+        jobs = [served.submit(seed, steps=9, acceleration=DeepCache(interval=3)) for seed in (1, 2)]
+        waits = served.submit(3)
+        served.gate.one()
+        assert served.value("feature_memory_bytes", model="unet") == 2 * FEATURE_BYTES
+        tried: list[list[int]] = []
+
+        def before(seeds: list[int]) -> None:
+            tried.append(seeds)
+            raise error
+
+        def finite(trajectory: object) -> bool:
+            raise error
+
+        forward = isinstance(error, torch.AcceleratorError)
+        with pytest.MonkeyPatch.context() as patch:
+            if forward:
+                served.backbone.before = before
+            else:
+                patch.setattr(Trajectory, "memory_bytes", finite)
+            served.gate.open()
+            assert [type(error_of(served.last(job))) for job in (*jobs, waits)] == [EngineDead] * 3
+        assert tried == ([[1, 2]] if forward else [])
+        assert served.state() == "dead"
+        assert served.value("feature_memory_bytes", model="unet") == 0
+        assert all(lane.trajectory is None for job in jobs for lane in job.lanes)
+
+
+def test_a_closed_engine_holds_no_features() -> None:
+    with running() as served:
+        job = served.submit(1, steps=9, acceleration=DeepCache(interval=3))
+        served.gate.one()
+        closing = threading.Thread(target=served.engine.close)
+        closing.start()
+        served.until(lambda: served.state() == "stopped")
+        served.gate.open()
+        closing.join(PATIENCE)
+        assert isinstance(error_of(served.last(job)), Draining)
+        assert served.value("feature_memory_bytes", model="unet") == 0
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

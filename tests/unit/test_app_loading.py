@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from app.engine import loading
 from app.engine.pace import FIRST_GUESS, Pace
 from app.metrics import Metrics
 from app.settings import Settings
-from models import Backbone
+from models import Backbone, device
+from models.costs.counter import MacCounter
 
 Backbones = Callable[..., Backbone]
 Costs = Callable[[int], float]
@@ -77,8 +79,10 @@ def instant(monkeypatch: pytest.MonkeyPatch, backbone_of: Backbones) -> Warmed:
 
     def backbone(layout: str, cost: Costs) -> tuple[Backbone, Instant, Watched]:
         whole = backbone_of(layout)
-        network, vae = Instant(whole.network, clock, cost), Watched(whole.vae)
-        return replace(whole, network=network, vae=vae), network, vae
+        network, vae = Instant(whole.network, clock, cost), Watched(whole.parts.vae)
+        pipeline = copy(whole.parts.pipeline)
+        pipeline.vae = vae
+        return replace(whole, network=network, parts=replace(whole.parts, pipeline=pipeline)), network, vae
 
     return backbone
 
@@ -219,7 +223,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, backbone_of: Backbones) -> list[tuple
 
     def load(name: str, **options: Any) -> Backbone:
         made.append((name, options))
-        return replace(backbone_of("sd"), device=torch.device("cpu"))
+        return backbone_of("sd")
 
     monkeypatch.setattr(models, "load", load)
     monkeypatch.setattr(Backbone, "channels_last", lambda self: None)
@@ -230,19 +234,25 @@ def calls(monkeypatch: pytest.MonkeyPatch, backbone_of: Backbones) -> list[tuple
 @pytest.mark.parametrize(
     ("asked", "fast", "given"),
     [
-        ("auto", True, "bfloat16"),
-        ("auto", False, "float32"),
-        ("float16", True, "float16"),
-        ("float32", True, "float32"),
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float32),
+        ("float16", True, torch.float16),
+        ("float32", True, torch.float32),
     ],
 )
 def test_auto_is_bfloat16_where_that_is_faster(
-    asked: str, fast: bool, given: str, calls: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+    asked: str,
+    fast: bool,
+    given: torch.dtype,
+    pipeline_dir: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loading, "fast_bfloat16", lambda device: fast and device == torch.device("cpu"))
-    loading.load_all(settings(device="cpu", dtype=asked, max_rows=2), Metrics(), Pace())
-    [(_, options)] = calls
-    assert (options["dtype"], options["device"]) == (given, torch.device("cpu"))
+    monkeypatch.setattr(device, "fast_bfloat16", lambda where: fast and where == torch.device("cpu"))
+    monkeypatch.setattr(loading, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(loading, "warm_all", lambda *_: {})
+    backbones, _ = loading.load_all(settings(str(pipeline_dir("dit")), device="cpu", dtype=asked), Metrics(), Pace())
+    weights = next(backbones["dit"].network.module.parameters())
+    assert (backbones["dit"].dtype, weights.dtype, weights.device) == (given, given, torch.device("cpu"))
 
 
 def test_every_model_gets_its_own_files(calls: list[tuple[str, dict[str, Any]]]) -> None:
@@ -251,8 +261,10 @@ def test_every_model_gets_its_own_files(calls: list[tuple[str, dict[str, Any]]])
         "org/two",
         adapter=("one=/a/first", "two=/a/second"),
         plan=("two=/p/D3.json", "one=/p/D1.json", "one=/p/D2.json"),
+        config=("two=/c/two",),
         depth=("two=4",),
         compile=True,
+        stepping="batched",
         device="cpu",
         dtype="float32",
         max_rows=2,
@@ -261,10 +273,15 @@ def test_every_model_gets_its_own_files(calls: list[tuple[str, dict[str, Any]]])
     backbones, caps = loading.load_all(chosen, metrics, Pace())
     assert list(backbones) == ["one", "two"]
     assert caps == {"one": 2, "two": 2}
-    common = {"device": torch.device("cpu"), "dtype": "float32", "compile": True}
-    one = {"adapters": {"first": Path("/a/first")}, "plans": {n: Path(f"/p/{n}.json") for n in ("D1", "D2")}}
-    two = {"adapters": {"second": Path("/a/second")}, "plans": {"D3": Path("/p/D3.json")}}
-    assert calls == [("/models/one", one | common | {"depth": None}), ("org/two", two | common | {"depth": 4})]
+    common = {"device": torch.device("cpu"), "dtype": "float32", "compile": True, "stepping": "batched"}
+    one: dict[str, Any] = {
+        "adapters": {"first": Path("/a/first")},
+        "plans": {n: Path(f"/p/{n}.json") for n in ("D1", "D2")},
+    }
+    one |= {"config": None, "depth": None}
+    two: dict[str, Any] = {"adapters": {"second": Path("/a/second")}, "plans": {"D3": Path("/p/D3.json")}}
+    two |= {"config": Path("/c/two"), "depth": 4}
+    assert calls == [("/models/one", one | common), ("org/two", two | common)]
     names = [metrics.registry.get_sample_value("slipstream_model_load_duration_seconds", {"model": n}) for n in caps]
     assert all(seconds is not None and seconds >= 0 for seconds in names)
 
@@ -283,3 +300,19 @@ def test_on_a_cpu_convolutions_are_laid_out_and_freed_memory_is_kept(
     assert kept == [True]
     assert "loaded sd in" in caplog.text
     assert "MiB on cpu as torch.float32" in caplog.text
+
+
+def test_a_model_whose_macs_cannot_be_counted_is_served_nevertheless(
+    instant: Warmed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone, _, _ = instant("sd", falling(until=4))
+    assert loading.warm_all({"m": backbone}, settings(max_rows=4), Metrics(), Pace()) == {"m": 4}
+    assert "network" in vars(backbone.counter), "it is made before the first request"
+    assert not caplog.records
+
+    def broken(self: MacCounter, *arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(MacCounter, "at", broken)
+    assert loading.warm_all({"m": backbone}, settings(max_rows=4), Metrics(), Pace()) == {"m": 4}
+    assert "the MACs of m cannot be counted" in caplog.text

@@ -33,6 +33,8 @@ WANTED = {
     "tick_rows": ("histogram", "model"),
     "tick_plans": ("histogram", "model"),
     "denoise_steps": ("counter", "model acceleration kind"),
+    "network_evaluations": ("counter", "model kind"),
+    "forecast_steps": ("counter", ""),
     "macs": ("counter", "model kind"),
     "images": ("counter", "model"),
     "requests_running": ("gauge", ""),

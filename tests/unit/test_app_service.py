@@ -19,7 +19,7 @@ from app.http.record import Record
 from app.http.schemas.requests import GenerationRequest
 from models.costs.macs import Usage
 from tests.faked import Faked, faked
-from tests.serving import aio
+from tests.serving import aio, events
 
 LIMITS: dict[str, Any] = {
     "max_steps": 20,
@@ -31,10 +31,14 @@ LIMITS: dict[str, Any] = {
 }
 
 
-def upload(width: int, height: int) -> str:
+def as_base64(picture: Image.Image) -> str:
     out = io.BytesIO()
-    Image.new("RGB", (width, height)).save(out, "PNG")
+    picture.save(out, "PNG")
     return base64.b64encode(out.getvalue()).decode()
+
+
+def upload(width: int, height: int) -> str:
+    return as_base64(Image.new("RGB", (width, height)))
 
 
 @pytest.mark.parametrize(
@@ -121,11 +125,12 @@ async def test_the_library_is_asked_for_what_the_client_asked(monkeypatch: pytes
         "timestep_warp": 0.5,
     }
     async with faked(monkeypatch) as served:
-        await served.post(image=upload(6, 4), **asked)
+        started = Image.linear_gradient("L").rotate(30).resize((6, 4)).convert("RGB")
+        await served.post(image=as_base64(started), **asked)
         job = served.engine.jobs[0]
         assert {name: getattr(job.run.request, name) for name in asked} == asked
         assert job.run.request.image is not None
-        assert job.run.request.image.size == (6, 4)
+        assert job.run.request.image.tobytes() == started.resize((24, 40), Image.Resampling.LANCZOS).tobytes()
         assert (job.model, job.run.seeds, job.acceleration) == ("unet", (70, 71, 72), "none")
         await served.post()
         assert served.engine.jobs[1].run.request.image is None
@@ -283,10 +288,45 @@ async def test_nothing_can_be_had_of_what_has_not_ended(monkeypatch: pytest.Monk
 @aio
 async def test_what_costs_more_than_plain_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async with faked(monkeypatch) as served:
-        monkeypatch.setattr(service, "usage", lambda backbone, run: Usage(3, 6, 1200, 1000))
+        monkeypatch.setattr(service, "usage", lambda backbone, run: Usage(3, 6, 1200, 1000, 3))
         assert (await served.post()).status_code == 200
         assert served.value("macs_total", model="unet", kind="computed") == 1200
         assert served.value("macs_total", model="unet", kind="saved") == 0
+
+
+@aio
+async def test_what_cannot_be_counted_keeps_no_picture_from_its_client(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As JSON, as OpenAI's, as bytes and as a stream: the steps and rows of two guided images, and no MACs."""
+
+    def broken(backbone: object, run: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    body: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0}
+    wanted = {"steps": 4, "evaluations": 4, "rows": 16, "macs": None, "macs_unaccelerated": None}
+    async with faked(monkeypatch) as served:
+        monkeypatch.setattr(service, "usage", broken)
+        ours = await served.post(**body, num_images=2)
+        assert (ours.status_code, ours.json()["usage"]) == (200, wanted)
+        assert len(ours.json()["images"]) == 2
+        openai = await served.post("/v1/images/generations", n=2, **body)
+        assert (openai.status_code, openai.json()["usage"]) == (200, wanted)
+        picture = await served.post(headers={"Accept": "image/png"}, **body)
+        assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")
+        facts = {name: picture.headers.get(f"x-slipstream-{name}") for name in ("steps", "rows", "evaluations", "macs")}
+        assert facts == {"steps": "4", "rows": "8", "evaluations": "4", "macs": None}
+        assert "x-slipstream-macs-unaccelerated" not in picture.headers
+        stream = await served.post(**body, num_images=2, stream=True)
+        [(_, done)] = [event for event in events(stream.text) if event[0] == "completed"]
+        assert done["usage"] == wanted
+        assert served.value("macs_total", model="unet", kind="computed") == 0
+        assert served.value("images_total", model="unet") == 7
+        schema = (await served.client.get("/openapi.json")).json()["components"]["schemas"]["UsageBody"]
+        assert {kind["type"] for kind in schema["properties"]["macs"]["anyOf"]} == {"integer", "null"}
+        assert set(schema["required"]) == set(wanted)
+    logged = [record for record in caplog.records if "MACs" in record.message]
+    assert len(logged) == 4, "once a request"
 
 
 @aio

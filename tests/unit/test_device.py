@@ -1,4 +1,4 @@
-"""The precision that `auto` stands for is the one that is faster on this processor."""
+"""What errors say of the device, and that `auto` is the precision that is faster on this processor."""
 
 from __future__ import annotations
 
@@ -38,3 +38,21 @@ def test_a_processor_without_the_instructions_is_not_measured(monkeypatch: pytes
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(device, "_matmul_ratio", lambda: pytest.fail("measured"))
     assert not device.fast_bfloat16(CPU)
+
+
+@pytest.mark.parametrize(
+    ("error", "no_memory", "poisoned"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True, False),
+        (MemoryError(), True, False),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True, False),
+        (torch.AcceleratorError("CUDA error: out of memory"), True, False),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), False, True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False, True),
+        (RuntimeError("shape mismatch"), False, False),
+        (ValueError("a bug"), False, False),
+    ],
+)
+def test_what_an_error_says_of_the_device(error: Exception, no_memory: bool, poisoned: bool) -> None:
+    assert device.out_of_memory(error) is no_memory
+    assert device.poisons(error) is poisoned

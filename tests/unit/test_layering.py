@@ -14,7 +14,7 @@ APP = sorted((ROOT / "app").rglob("*.py"))
 HTTP = {"fastapi", "starlette", "uvicorn", "sse_starlette", "prometheus_client", "typer", "asyncio"}
 TENSORS = {"torch", "diffusers", "transformers", "peft", "safetensors", "numpy"}
 PURE = [*sorted((ROOT / "models" / "accelerators").glob("*.py")), ROOT / "models/spec.py"]
-PURE += [ROOT / f"models/reuse/{name}.py" for name in ("sites", "plans", "compile", "weights")]
+PURE += [ROOT / f"models/reuse/{name}.py" for name in ("sites", "plans", "compile", "weights", "gates", "turns")]
 PURE += [ROOT / "models/networks/sites.py"]
 PURE += [ROOT / "models/errors.py", ROOT / "models/search/attention_plan.py"]
 
@@ -101,3 +101,15 @@ def test_quality_is_given_its_judge() -> None:
     for file in sorted((ROOT / "models" / "quality").glob("*.py")):
         assert not any(name.startswith("models.shapes") for name in every_import(file))
     assert "models.shapes.judge" in every_import(ROOT / "app" / "commands" / "evaluate.py")
+
+
+def test_a_network_waits_for_its_device_in_one_place() -> None:
+    """Where gates decide, all of a forward at once; nothing else asks for a number."""
+    assert [file.name for file in MODELS if file.name != "device.py" and _calls(file, "download")] == ["gating.py"]
+    assert _calls(ROOT / "models" / "networks" / "gating.py", "download") == 1
+
+
+def _calls(file: Path, name: str) -> int:
+    """How often a file calls a function of this name."""
+    called = (node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
+    return sum(isinstance(function, ast.Name) and function.id == name for function in called)

@@ -14,6 +14,7 @@ from models.accelerators import DeepCache
 from models.quality import metrics, report
 from models.quality.cases import Case
 from models.quality.evaluate import Evaluation, Score
+from models.shapes.judge import ShapesJudge
 from models.shapes.shapes import parse_caption, render
 
 CAPTIONS = ["a large red circle on a white background", "a small blue star on a black background"]
@@ -28,6 +29,11 @@ CONTROL = Score(
 )  # fmt: skip
 SCORES = [PLAIN, CACHED, CONTROL]
 COLOURS = ["red", "lime", "blue"]
+
+
+@pytest.fixture(scope="module")
+def judge() -> ShapesJudge:
+    return ShapesJudge()
 
 
 def evaluation() -> Evaluation:
@@ -108,19 +114,17 @@ def test_frechet_distance_of_gaussians_that_lean_differently() -> None:
     assert metrics.frechet(b, a) == pytest.approx(wanted)
 
 
-def test_each_claim_has_its_share() -> None:
+def test_each_claim_has_its_share(judge: ShapesJudge) -> None:
     pictures = [render(parse_caption(CAPTIONS[0]), random.Random(i)) for i in range(4)]
     asked = [CAPTIONS[0], CAPTIONS[0].replace("red", "blue"), CAPTIONS[0].replace("white", "black"), CAPTIONS[0]]
-    found = metrics.alignment(pictures, asked)
+    found = judge.alignment(pictures, asked)
     assert found == {"background": 0.75, "colours": 0.75, "shapes": 1.0, "sizes": 1.0, "relation": 1.0, "all": 0.5}
 
 
-def test_the_reference_has_as_many_pictures_of_each_caption() -> None:
-    found = metrics.rendered(CAPTIONS, 5, seed=4)
+def test_the_reference_has_as_many_pictures_of_each_caption(judge: ShapesJudge) -> None:
+    found = judge.true_pictures(CAPTIONS, 5)
     assert len(found) == 6
     for i, caption in enumerate(CAPTIONS):
-        share = metrics.alignment(found[i::2], [caption] * 3)
-        assert share is not None
-        assert share["all"] == 1.0
+        assert judge.alignment(found[i::2], [caption] * 3)["all"] == 1.0
     assert found[0].tobytes() != found[2].tobytes()
-    assert [one.tobytes() for one in metrics.rendered(CAPTIONS, 5, seed=4)] == [one.tobytes() for one in found]
+    assert [one.tobytes() for one in judge.true_pictures(CAPTIONS, 5)] == [one.tobytes() for one in found]

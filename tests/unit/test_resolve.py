@@ -15,7 +15,7 @@ from models.request import Request, Run
 from models.resolve import MAX_SEED, resolve
 from models.search.attention_plan import Plan
 from models.spec import AdapterInfo, ModelSpec
-from tests.unit.specs import dit_spec, unet_spec
+from tests.unit.specs import class_spec, dit_spec, unet_spec
 
 CONFIG = DDIMScheduler().config
 WIDE = unet_spec(
@@ -136,7 +136,7 @@ def test_starting_noise_is_one_latent_an_image_of_the_runs_size() -> None:
         assert caught.value.reason == f"shape {wrong} is not {shape}"
 
 
-CLASSES = dit_spec(layout="dit", num_classes=10, has_text_encoder=False)
+CLASSES = class_spec()
 
 
 @pytest.mark.parametrize("label", [0, 9])

@@ -32,12 +32,13 @@ class GeneratedImage(BaseModel):
 
 
 class UsageBody(BaseModel):
-    """What the request cost: evaluations an image, rows in all, multiply-accumulates with and without acceleration."""
+    """What the request cost: steps an image, rows in all, multiply-accumulates with and without acceleration."""
 
     steps: int
+    evaluations: int = Field(description="Steps an image with a forward; the others are foretold.")
     rows: int
-    macs: int
-    macs_unaccelerated: int
+    macs: int | None = Field(description="null where they could not be counted.")
+    macs_unaccelerated: int | None
 
 
 class TimingBody(BaseModel):

@@ -1,0 +1,107 @@
+"""Transformer blocks for rows of which some have gates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
+
+from torch import Tensor
+
+from models.networks.gating import Gates
+from models.reuse.rows import Places, Row
+from models.reuse.sites import Feature
+from models.reuse.store import FeatureStore
+
+BlockInputs = dict[str, Tensor | None]
+
+
+class Blocks(Protocol):
+    """A network that runs a span of its blocks."""
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+
+    def run_blocks(
+        self,
+        span: tuple[int, int],
+        h: Tensor,
+        inputs: BlockInputs,
+        rows: Sequence[Row],
+        store: FeatureStore,
+        places: Places,
+        begun: dict[Feature, Tensor],
+    ) -> Tensor:
+        """Hidden states h [rows, tokens, dim] after blocks [start, stop) of the span."""
+
+
+@dataclass(eq=False, slots=True)
+class _Part:
+    """The rows that stop at one place until the gates have decided."""
+
+    start: int
+    members: list[int]  # their positions in the batch
+    h: Tensor
+    inputs: BlockInputs
+    rows: list[Row]
+    begun: dict[Feature, Tensor] = field(default_factory=dict)
+
+
+def run_gated(
+    network: Blocks,
+    h: Tensor,
+    inputs: BlockInputs,
+    rows: Sequence[Row],
+    store: FeatureStore,
+    places: Places,
+    gates: Gates,
+) -> Tensor:
+    """All blocks for hidden states h [rows, tokens, dim].
+
+    Gated rows that stop at different blocks run apart, so that one copy to the host serves all of them; rows without a
+    gate go with the last.
+    """
+    parts = _parts(h, inputs, rows, places, gates)
+    for part in parts:
+        _run_to_gate(network, part, store, places, gates)
+    for part in parts:
+        span = (part.start, network.depth)
+        part.h = network.run_blocks(span, part.h, part.inputs, part.rows, store, places, part.begun)
+    return places.joined([part.h for part in parts], [part.members for part in parts])
+
+
+def _parts(h: Tensor, inputs: BlockInputs, rows: Sequence[Row], places: Places, gates: Gates) -> list[_Part]:
+    starts = sorted(gates.starts())
+    apart = [gates.at(rows, start) for start in starts[:-1]]
+    taken = {i for members in apart for i in members}
+    apart.append([i for i in range(len(rows)) if i not in taken])
+    return [
+        _Part(
+            start,
+            members,
+            places.take(h, members),
+            {name: None if value is None else places.take(value, members) for name, value in inputs.items()},
+            [rows[i] for i in members],
+        )
+        for start, members in zip(starts, apart, strict=True)
+    ]
+
+
+def _run_to_gate(network: Blocks, part: _Part, store: FeatureStore, places: Places, gates: Gates) -> None:
+    """Everything in front of the gate, and its probes: what enters the site, or what the block before it added."""
+    gated = gates.at(part.rows, part.start)
+    residual = [i for i in gated if gates.of(part.rows[i]).gated.rule.probe == "residual"]
+    given = [i for i in gated if i not in set(residual)]
+    edges = [0, part.start - 1, part.start] if residual else [0, part.start]
+    before = part.h
+    for span in pairwise(edges):
+        before = part.h
+        if span[0] < span[1]:
+            part.h = network.run_blocks(span, part.h, part.inputs, part.rows, store, places, part.begun)
+    if residual:
+        probe = places.take(part.h, residual) - places.take(before, residual)
+        gates.offer([part.rows[i] for i in residual], probe)
+    if given:
+        gates.offer([part.rows[i] for i in given], places.take(part.h, given))

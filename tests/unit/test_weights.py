@@ -1,0 +1,40 @@
+"""Forecasts as weighted sums: what each basis makes of known functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from models.reuse.weights import BASES, newton, taylor
+
+STEPS = [(9, 7, 6), (4, 2, 0), (3, 2, 1)]
+
+
+def foretold(weights: Callable[[Sequence[int], int], Sequence[float]], f: Callable[[float], float], *at: int) -> float:
+    *steps, step = at
+    return sum(w * f(s) for w, s in zip(weights(steps, step), steps, strict=True))
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_weights_add_up_to_one(basis: str) -> None:
+    """A value that stands still is foretold to stand still."""
+    for steps in STEPS:
+        for n in (1, 2, 3):
+            assert sum(BASES[basis](steps[:n], 12)) == pytest.approx(1)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_newton_is_the_polynomial_through_the_values(steps: tuple[int, ...]) -> None:
+    for f in (lambda s: 3.0, lambda s: 2 - 5 * s, lambda s: 1 + s - 0.5 * s * s):
+        assert foretold(newton, f, *steps, 12) == pytest.approx(f(12))
+    assert foretold(newton, lambda s: s**3, *steps, 12) != pytest.approx(12**3)
+
+
+def test_taylor_is_by_finite_differences() -> None:
+    """Worked by hand for values 10, 4, 1 at steps 4, 2, 0, read at 5: 10 + 1 * 3 + 1 / 2 * 0.75."""
+    values = {4: 10.0, 2: 4.0, 0: 1.0}
+    assert foretold(taylor, values.__getitem__, 4, 2, 0, 5) == pytest.approx(13.375)
+    assert taylor((4,), 5) == (1.0,)
+    assert taylor((4, 2), 5) == pytest.approx((1.5, -0.5))
+    assert newton((4, 2), 5) == pytest.approx((1.5, -0.5))
