@@ -47,12 +47,6 @@ class _Pool:
         self.free.extend(range(len(self.data), capacity))
         self.data = grown
 
-    def trim(self) -> None:
-        """Give the storage back where no slot is taken."""
-        if len(self.data) and not self.used:
-            self.free.clear()
-            self.data = self.data.new_empty(0, *self.data.shape[1:])
-
 
 @dataclass(eq=False)
 class Memory:
@@ -135,6 +129,7 @@ class FeatureStore:
         return summed.to(found.dtype).view(len(readings), *found.shape[1:])
 
     def trim(self) -> None:
-        """Give the storage of empty pools back."""
-        for pool in self._pools.values():
-            pool.trim()
+        """Give empty pools back: sizes are a client's choice, so nothing is kept of those that went by."""
+        for key, pool in list(self._pools.items()):
+            if not pool.used:
+                del self._pools[key]

@@ -43,14 +43,6 @@ DEEPCACHE = {
     "power": 1.5,
     "order": 0,
 }
-    "mode": "deepcache",
-    "interval": 2,
-    "branch": 0,
-    "schedule": "uniform",
-    "center": 15,
-    "power": 1.5,
-    "order": 0,
-}
 GUIDANCE = {"mode": "selective_guidance", "start": 0.0, "stop": 0.5}
 FACTS = ASKED | {"model": "unet", "acceleration": [DEEPCACHE, GUIDANCE]}
 FACTS = {name: value for name, value in FACTS.items() if name != "num_images"}
