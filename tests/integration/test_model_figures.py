@@ -120,7 +120,7 @@ def test_one_network_counts_all_sizes_and_old_counts_make_room(
         made.append(type(module).__name__)
         return original(module)
 
-    monkeypatch.setitem(NETWORKS, "PixArtTransformer2DModel", network)  # type: ignore[arg-type]
+    monkeypatch.setitem(NETWORKS, "PixArtTransformer2DModel", network)
     monkeypatch.setattr(counting, "MOST_COUNTS", 4)
     counted: list[tuple[int, ...]] = []
     count = Counts._count
