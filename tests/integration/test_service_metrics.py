@@ -68,7 +68,7 @@ class Clock:
 
 
 class Priced:
-    """A network without arithmetic: a forward costs `price(rows)` seconds of a clock and predicts zeros."""
+    """A network without arithmetic: a forward costs `price(rows)` seconds of a clock, predicts and remembers zeros."""
 
     def __init__(self, network: Any, clock: Clock, price: Callable[[int], float], real: bool = False) -> None:
         self._network, self._clock, self._price, self._real = network, clock, price, real
@@ -86,6 +86,11 @@ class Priced:
         if self._real:
             out: Tensor = self._network.forward(x, t, conditioning, rows, *rest)
             return out
+        [store] = rest
+        for row in rows:
+            for feature in row.plan.keep:
+                value = torch.zeros(1, *self._network.sites.shape(feature, *x.shape[2:]))
+                store.write([(row.memory, (feature, row.plan.step))], value)
         return torch.zeros_like(x)
 
 

@@ -90,10 +90,11 @@ def test_generate_asks_for_all_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_p
         "--seed", "70", "--num-images", "3", "--scheduler", "euler", "--size", "24x40", "--image", str(start),
         "--strength", "0.6", "--timestep-warp", "0.5", "--class-label", "4", "--acceleration", "deepcache:interval=2",
         "--acceleration", "selective_guidance:stop=0.5", "--adapter", "s=a/b", "--adapter", "t=c=d", "--plan", "p=e",
-        "--device", "cpu", "--dtype", "float32", "-o", str(out / "ring.v1.png"),
+        "--device", "cpu", "--dtype", "float32", "--stepping", "exact", "-o", str(out / "ring.v1.png"),
     )  # fmt: skip
     assert ran.exit_code == 0, ran.output
-    options = {"device": "cpu", "dtype": "float32", "adapters": {"s": "a/b", "t": "c=d"}, "plans": {"p": "e"}}
+    where = {"device": "cpu", "dtype": "float32", "stepping": "exact"}
+    options = {**where, "adapters": {"s": "a/b", "t": "c=d"}, "plans": {"p": "e"}}
     assert library.loaded == [("m", options)]
     asked = dict(vars(library.requests[0]))
     image = asked.pop("image")
@@ -115,7 +116,9 @@ def test_generate_leaves_the_rest_to_the_model(monkeypatch: pytest.MonkeyPatch, 
     library = Library(monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert slipstream("generate", "a ring").exit_code == 0
-    assert library.loaded == [("shapes-sd", {"device": "auto", "dtype": "auto", "adapters": {}, "plans": {}})]
+    assert library.loaded == [
+        ("shapes-sd", {"device": "auto", "dtype": "auto", "stepping": "auto", "adapters": {}, "plans": {}})
+    ]
     assert vars(library.requests[0]) == vars(Request(prompt="a ring", acceleration=[]))
     assert written(tmp_path) == {"image.png": COLOURS[0]}
 
