@@ -186,6 +186,7 @@ def test_one_that_cannot_start_fails_alone(error: Exception, code: str, param: s
     assert "secret" not in failed.message
     assert hand.started == [jobs[0], jobs[2]]
     assert hand.backbone.ticks == [[1, 4]] * 2
+    assert hand.value("out_of_memory_total") == 2 * (code == "out_of_memory")  # together, and then alone
     assert hand.value("queue_duration_seconds_count", model="unet") == 2
 
 
@@ -397,14 +398,14 @@ def test_an_error_among_foretold_steps_is_of_who_is_at_fault(monkeypatch: pytest
 
     monkeypatch.setattr(exact, "step", step)
     jobs = [hand.add(seed, steps=7, progress=True, **FORETOLD) for seed in (1, 2, 3)]
-    beside = hand.add(9, steps=5)
+    beside = hand.add(9, steps=1)
     hand.work()
     good = jobs if not again else [jobs[0], jobs[2]]
     assert [greys(hand.ended[job]) for job in (*good, beside)] == [*([job.run.seeds[0]] for job in good), [9]]
     assert codes(hand) == ({2: "forward_failed"} if again else {})
     done = {1: 7, 2: 1 if again else 7, 3: 7}
     assert all(hand.posted[seed][-1] == Progress(steps, 7) for seed, steps in done.items())
-    assert hand.value("network_evaluations_total", model="unet", kind="computed") == 3 * (3 - again) + again + 5
+    assert hand.value("network_evaluations_total", model="unet", kind="computed") == 3 * (3 - again) + again + 1
     assert hand.value("forecast_steps_total") == 4 * (3 - again)
     assert hand.value("feature_memory_bytes", model="unet") == 0
 
