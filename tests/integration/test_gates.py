@@ -366,14 +366,17 @@ def test_a_failed_tick_can_be_tried_again(
     assert trajectory.memory_bytes() == 0
 
 
+aten = torch.ops.aten
+WAITING = {aten.item, aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.allclose}
+
+
 class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what would wait for a device: numbers and tensors brought to the host."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
-        self.count += func is torch.ops.aten.nonzero.default
+        self.count += func.overloadpacket in WAITING
         return func(*args, **(kwargs or {}))
 
 

@@ -7,14 +7,18 @@ from math import nan
 from typing import Any
 
 import pytest
+import torch
 
 from models.accelerators import DeepCache, DepthSkip, SelectiveGuidance
 from models.accelerators.base import Accelerator
+from models.networks.gating import Gates
 from models.networks.sites import attention, blocks, level
 from models.reuse.compile import compile_run, feature_bytes
 from models.reuse.gates import Change, Gate, GateState, decide, distance, polynomial
 from models.reuse.plans import Gated, Gating, Recall, Reuse, RowPlan, StepPlan, StepRows
+from models.reuse.rows import Places, Row
 from models.reuse.sites import OUTPUT, Feature, Site, Sites
+from models.reuse.store import FeatureStore
 from models.reuse.turns import Turn, replaced, settled
 from tests.gated import AskGate, Skip
 from tests.unit.specs import DIT_SITES, UNET_SITES
@@ -270,3 +274,33 @@ def test_a_restart_begins_with_one_entry() -> None:
     one = 4 * 4 * 16
     run = compiled(ask(order=3), SelectiveGuidance(start=0.5, stop=1.0), steps=6, guided=True)
     assert feature_bytes(DIT_SITES, run, 8, 8, itemsize=1) == 2 * (2 + 1) * one
+
+
+@pytest.mark.parametrize(
+    ("rule", "factors", "skips"),
+    [
+        (Gate(0.11), [(1.1, 1.0)], [True]),
+        (Gate(0.09), [(1.1, 1.0)], [False]),
+        (Gate(0.11), [(1.1, 1.2), (1.2, 1.1), (0.9, 1.1), (1.0, 1.0)], [False, False, True, True]),
+        (Gate(0.13, pair="mean"), [(1.1, 1.2), (1.2, 1.1), (1.2, 1.0)], [False, True, True]),
+    ],
+)
+def test_rows_are_measured_by_themselves_and_pairs_together(
+    rule: Gate, factors: list[tuple[float, float]], skips: list[bool]
+) -> None:
+    """Pairs of rows whose probes grew by a factor; before, the second of a pair was three times the first."""
+    store, places = FeatureStore(), Places(torch.zeros(1))
+    plan = RowPlan(1, gating=Gating(REAR, EFFECT, Gated(rule)))
+    turns = [Turn(GateState(computed=(0,)), 1) for _ in factors]
+    first, second = ([Row(plan, "conditional", i, turn=turn) for i, turn in enumerate(turns)] for _ in range(2))
+    before = torch.randn(2 * len(factors), 4, 6, dtype=torch.float64).sign()
+    before[len(factors) :] *= 3
+    rows = first + second
+    store.write([(row.memory, PROBE) for row in rows], before)
+    gates = Gates(rows, store, places)
+    grown = torch.tensor([one for one, _ in factors] + [two for _, two in factors], dtype=torch.float64)
+    gates.offer(second, before[len(factors) :] * grown[len(factors) :, None, None])
+    assert [turn.skip for turn in turns] == [None] * len(factors)
+    gates.offer(first, before[: len(factors)] * grown[: len(factors), None, None])
+    assert [turn.skip for turn in turns] == skips
+    assert [REAR in row.plan.reads for row in rows] == skips * 2
