@@ -416,7 +416,7 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert abs(unet["created"] - time.time()) < 60
     common = {"object": "model", "created": unet["created"], "owned_by": "slipstream"}
     fits = [mode["mode"] for mode in dit.pop("accelerators")]
-    assert fits == ["none", "delta_dit", "ditfastattn", "selective_guidance"]
+    assert fits == ["none", "delta_dit", "ditfastattn", "selective_guidance", "forecast"]
     assert dit == common | {
         "id": "dit",
         "default": False,

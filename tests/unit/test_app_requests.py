@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from app.http.problems import translate
 from app.http.schemas.requests import GenerationRequest, ImagesRequest
-from models.accelerators import DeepCache, SelectiveGuidance
+from models.accelerators import REGISTRY, DeepCache, SelectiveGuidance
 
 MOST_SEED = 2**63 - 2**16
 
@@ -127,6 +127,9 @@ def test_accelerators_however_they_were_given() -> None:
 
 
 def test_as_many_accelerators_as_there_are_modes() -> None:
-    given = {"acceleration": [{"mode": "none"}] * 7}
-    assert len(GenerationRequest.model_validate({"prompt": "x"} | given).accelerators) == 7
-    assert refusal(GenerationRequest, {"acceleration": [{"mode": "none"}] * 8}) == ("acceleration", "invalid_value")
+    given = {"acceleration": [{"mode": "none"}] * len(REGISTRY)}
+    assert len(GenerationRequest.model_validate({"prompt": "x"} | given).accelerators) == len(REGISTRY)
+    assert refusal(GenerationRequest, {"acceleration": [{"mode": "none"}] * (len(REGISTRY) + 1)}) == (
+        "acceleration",
+        "invalid_value",
+    )

@@ -311,7 +311,7 @@ def test_who_asked_for_no_preview_gets_none() -> None:
 class Forecast(Accelerator):
     """One step in three is computed; the whole prediction is foretold in the others."""
 
-    mode: str = "forecast"
+    mode: str = "toy"
 
     def plan(self, step: int, num_steps: int) -> StepPlan:
         """Foretell along the line through the last two predictions."""
