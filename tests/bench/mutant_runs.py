@@ -90,7 +90,15 @@ class Fork:
         self._ends = time.monotonic() + limit
         self.pid = os.fork()
         if not self.pid:
-            arguments = [*tests.files, "-q", "-p", "no:cacheprovider", f"--basetemp={tree.parent / 'tmp'}", *options]
+            arguments = [
+                *tests.files,
+                "-q",
+                "-n0",
+                "-p",
+                "no:cacheprovider",
+                f"--basetemp={tree.parent / 'tmp'}",
+                *options,
+            ]
             # Plugins of pytest are among what is imported already: their assertions are not rewritten, and no matter.
             arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
             _in_child(lambda: _pytest(tree, arguments, [tests, *plugins]), self.log)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from models.reuse.weights import BASES, newton, taylor
+from models.reuse.weights import BASES, Basis, newton, taylor
 
 STEPS = [(9, 7, 6), (4, 2, 0), (3, 2, 1)]
 
@@ -17,11 +17,12 @@ def foretold(weights: Callable[[Sequence[int], int], Sequence[float]], f: Callab
 
 
 @pytest.mark.parametrize("basis", BASES)
-def test_weights_add_up_to_one(basis: str) -> None:
+def test_weights_add_up_to_one(basis: Basis) -> None:
     """A value that stands still is foretold to stand still."""
     for steps in STEPS:
         for n in (1, 2, 3):
-            assert sum(BASES[basis](steps[:n], 12)) == pytest.approx(1)  # type: ignore[index]
+            weights: list[float] = [*BASES[basis](steps[:n], 12)]
+            assert sum(weights) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -33,7 +34,7 @@ def test_newton_is_the_polynomial_through_the_values(steps: tuple[int, ...]) -> 
 
 def test_taylor_is_by_finite_differences() -> None:
     """Worked by hand for values 10, 4, 1 at steps 4, 2, 0, read at 5: 10 + 1 * 3 + 1 / 2 * 0.75."""
-    values = {4: 10.0, 2: 4.0, 0: 1.0}
+    values: dict[float, float] = {4: 10.0, 2: 4.0, 0: 1.0}
     assert foretold(taylor, values.__getitem__, 4, 2, 0, 5) == pytest.approx(13.375)
     assert taylor((4,), 5) == (1.0,)
     assert taylor((4, 2), 5) == pytest.approx((1.5, -0.5))
