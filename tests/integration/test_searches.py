@@ -362,7 +362,7 @@ OTHER_WARPS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "each"), OTHER_WARPS, ids=str)
+@pytest.mark.parametrize(("options", "each"), OTHER_WARPS, ids=lambda change: "-".join(change) or "as it was")
 def test_the_checkpoint_of_another_warp_search_is_refused(
     options: dict[str, Any], each: dict[str, Any], warped: Path, backbone_of: Callable[..., Backbone]
 ) -> None:
