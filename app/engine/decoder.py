@@ -16,6 +16,7 @@ from app.metrics import Metrics
 from models.backbone import Backbone
 from models.device import out_of_memory, release_memory
 from models.generate import decode
+from models.trajectory import effective_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,4 +101,9 @@ class Decoder:
         lane.image = image
         images = [other.image for other in job.lanes if other.image is not None]
         if len(images) == len(job.lanes):
-            self._end(job, Finished(images))
+            ran = [
+                effective_steps(one.trajectory)
+                for one in job.lanes
+                if one.trajectory is not None and one.trajectory.ran
+            ]
+            self._end(job, Finished(images, ran or None))

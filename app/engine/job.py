@@ -43,9 +43,10 @@ class Preview:
 
 @dataclass(frozen=True)
 class Finished:
-    """All images are there."""
+    """All images are there. `ran` says what the steps of each really did, where gates had decided."""
 
     images: list[Pixels]
+    ran: Sequence[Sequence[StepRows]] | None = None
 
 
 @dataclass(frozen=True)

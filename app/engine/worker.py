@@ -22,6 +22,7 @@ from models.denoise import advance
 from models.device import Fence, out_of_memory, release_memory
 from models.errors import RequestError
 from models.generate import start
+from models.trajectory import effective_steps
 
 Clock = Callable[[], float]
 
@@ -196,7 +197,8 @@ class Worker:
         """Count the steps that these images have taken, of which all but the first need no forward."""
         for lane in lanes:
             job = lane.job
-            for step in job.run.steps[before[lane] : lane.step]:
+            steps = job.run.steps if lane.trajectory is None else effective_steps(lane.trajectory)
+            for step in steps[before[lane] : lane.step]:
                 kind = "reduced" if step.reduced else "full"
                 self._metrics.steps.labels(job.model, job.acceleration, kind).inc()
                 self._metrics.evaluations.labels(job.model, "forecast" if step.foretold else "computed").inc()

@@ -66,6 +66,9 @@ class Generation:
                     raise event.error
                 if isinstance(event, Finished):
                     self.finished = event
+                    if event.ran is not None:  # only now is it known what was computed
+                        self.costs.cancel()
+                        self.costs = self.service.count(self.job, event.ran)
                 yield event
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed before the images were done", param="timeout_seconds") from None

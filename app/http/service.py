@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -27,6 +27,7 @@ from models.costs.macs import usage
 from models.device import set_threads
 from models.request import Request, Run
 from models.resolve import resolve
+from models.reuse.plans import StepRows
 
 T = TypeVar("T")
 CLERKS = 2
@@ -139,10 +140,15 @@ class Service:
         run = resolve(spec, backbone.scheduler_config, request)
         return run, None if data is None else hashlib.sha256(data).hexdigest()
 
-    def _usage(self, backbone: Backbone, run: Run) -> UsageBody:
+    def count(self, job: Job, ran: Sequence[Sequence[StepRows]]) -> asyncio.Future[UsageBody]:
+        """What a job cost whose gates had decided."""
+        backbone = self.backbone(job.model)
+        return asyncio.get_running_loop().run_in_executor(self._clerks, self._usage, backbone, job.run, ran)
+
+    def _usage(self, backbone: Backbone, run: Run, ran: Sequence[Sequence[StepRows]] | None = None) -> UsageBody:
         """On a clerk's thread, while the engine works. What cannot be counted keeps no picture from its client."""
         try:
-            return UsageBody(**asdict(usage(backbone, run)))
+            return UsageBody(**asdict(usage(backbone, run, ran)))
         except Exception as error:
             SERVER.error("the MACs of a request could not be counted", exc_info=error)
             counted = {"steps": len(run.steps), "evaluations": run.evaluations, "rows": run.num_rows}

@@ -14,9 +14,12 @@ from PIL import Image
 
 from app.http import service
 from models import Backbone, Request, generate, macs
-from models.accelerators import Accelerator
+from models.accelerators import Accelerator, DeepCache
+from models.networks.sites import level
 from models.request import Run
 from models.resolve import resolve
+from models.reuse.gates import Gate
+from models.reuse.plans import Gated as GatedReuse
 from models.reuse.plans import Recall, StepPlan
 from models.reuse.sites import OUTPUT
 from tests.serving import PROMPT, Served, aio, events, hooked, pixels, serving
@@ -104,3 +107,37 @@ def check(served: Served) -> None:
     assert served.value("tick_rows_sum", **labels) == 2 * (6 * 3 + 8 + 8)
     assert served.value("feature_memory_bytes", **labels) == 0
     assert served.engine.backbones["sd"].features.nbytes == 0
+
+
+class Gated(Accelerator):
+    """The inner levels of a U-Net, reused after the first step wherever the rule is asked: whatever has changed."""
+
+    mode: str = "gated"
+
+    def plan(self, step: int, num_steps: int) -> StepPlan:
+        """Asked on every step."""
+        return StepPlan({level(0): GatedReuse(Gate(threshold=1e9, probe="input", max_skips=2), Recall())})
+
+
+def test_what_gates_decided_is_what_an_answer_counts(student_of: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven steps of which the gate has the first, the fourth and the last computed in full."""
+
+    def resolved(spec: Any, config: Any, request: Request) -> Run:
+        run = resolve(spec, config, replace(request, acceleration=[Gated()]))
+        return replace(run, accelerators=())
+
+    monkeypatch.setattr(service, "resolve", resolved)
+    backbone = student_of("sd")
+    options: dict[str, Any] = {"num_inference_steps": 7, "guidance_scale": 3.0}
+    static = macs(backbone, acceleration=DeepCache(interval=3), **options)
+
+    @aio
+    async def test() -> None:
+        async with serving({"sd": backbone}) as served:
+            usage = (await served.post(num_images=2, **options)).json()["usage"]
+            assert (usage["macs"], usage["evaluations"]) == (2 * static.image, 7)
+            assert usage["macs_unaccelerated"] == 2 * static.image_unaccelerated
+            for kind, steps in (("full", 6), ("reduced", 8)):
+                assert served.total("denoise_steps_total", model="sd", kind=kind) == steps
+
+    test()

@@ -250,6 +250,11 @@ def test_distill_asks_for_what_its_options_say(asked: Asked, tmp_path: Path) -> 
     assert "(1.25 MB)" in result.output
 
 
+@pytest.mark.parametrize(("rank", "code"), [(0, 2), (1, 0), (256, 0), (257, 2)])
+def test_the_ranks_that_distill_takes(rank: int, code: int, asked: Asked, tmp_path: Path) -> None:
+    assert run("distill", "--model", "m", "--rank", str(rank), "-o", tmp_path / "student").exit_code == code
+
+
 def test_distills_defaults(asked: Asked, tmp_path: Path) -> None:
     assert run("distill", "--model", "m", "-o", tmp_path / "student").exit_code == 0
     found = asked["distill"]

@@ -36,6 +36,7 @@ def test_texts_become_accelerators(text: str, accelerators: list[Accelerator]) -
         ("deepcache:interval=2,interval=3", "acceleration.interval", "twice"),
         ("deepcache:interval", "acceleration", "not key=value"),
         ("deepcache:", "acceleration", "not key=value"),
+        ("deepcache:=3", "acceleration", "not key=value"),
         ("selective_guidance:stop=2", "acceleration.stop", "a number above 0 and at most 1"),
         ("selective_guidance:start=.9,stop=.2", "acceleration", "start must be below stop"),
         ("delta_dit:blocks=0", "acceleration.blocks", "a whole number at least 1"),
