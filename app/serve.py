@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import signal
 import time
 from types import FrameType
@@ -96,7 +98,13 @@ def serve(settings: Settings) -> int:
     server.run()
     for sig, handler in previous.items():
         signal.signal(sig, handler)
-    failure = app.state.engine.failure
-    if failure is not None:
-        SERVER.error("%s", failure)
-    return server.exit_code if server.started else 1
+    engine: Engine = app.state.engine
+    engine.close()  # a signal that did not wait leaves it at work
+    if engine.failure is not None:
+        SERVER.error("%s", engine.failure)
+    code = server.exit_code if server.started else 1
+    if not engine.ended:  # Python would abort while torch still computes
+        SERVER.warning("the last tick was not waited for")
+        logging.shutdown()
+        os._exit(code)
+    return code

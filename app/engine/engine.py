@@ -72,6 +72,11 @@ class Engine:
         return self.state == "ready"
 
     @property
+    def ended(self) -> bool:
+        """Whether its thread has nothing left to do."""
+        return not self._thread.is_alive()
+
+    @property
     def jobs(self) -> int:
         """Jobs accepted and not ended."""
         return len(self._waiting) + len(self._running)

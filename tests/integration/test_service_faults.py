@@ -50,7 +50,7 @@ async def test_an_image_that_the_model_fails_on_fails_alone(student_of: Model) -
     poison = threading.Event()
 
     def before(rows: Sequence[Row]) -> None:
-        if poison.is_set() and any(row.owner.guidance_scale == 6.5 for row in rows):  # type: ignore[attr-defined]
+        if poison.is_set() and any(row.owner.scales.guidance == 6.5 for row in rows):  # type: ignore[attr-defined]
             raise RuntimeError("broken")
 
     bodies: list[dict[str, Any]] = [

@@ -35,7 +35,9 @@ class FakeEngine:
         """Take no more."""
         self.asked.append("drain")
 
-    def close(self, timeout: float) -> None:
+    ended = True
+
+    def close(self, timeout: float = 10.0) -> None:
         """Answer everybody."""
         self.asked.append(f"close {timeout:g}")
 
