@@ -200,6 +200,16 @@ def test_a_field_without_a_meaning_for_the_family_is_refused(inputs: frozenset[s
     assert caught.value.field == field
 
 
+def test_what_a_family_takes_beside_its_prompts() -> None:
+    embeds = {"prompt_embeds", "negative_prompt_embeds"}
+    masks = {"prompt_attention_mask", "negative_prompt_attention_mask"}
+    pooled = {"pooled_prompt_embeds", "negative_pooled_prompt_embeds"}
+    takes = {
+        name: set(one.inputs) & (embeds | masks | pooled) for name, one in {"a": SD, "b": SDXL, "c": PIXART}.items()
+    }
+    assert takes == {"a": embeds, "b": embeds | pooled, "c": embeds | masks}
+
+
 def test_an_empty_negative_prompt_asks_for_nothing() -> None:
     spec = dit_spec(takes="class_label", inputs=DIT.inputs, num_classes=10, has_text_encoder=False)
     assert resolve(spec, {}, Request(prompt="", negative_prompt="", class_label=3)).guided
