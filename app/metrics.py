@@ -77,6 +77,7 @@ class Metrics:
         self.capacity = gauge("queue_capacity", "Requests that may wait.")
         self.rejected = counter("requests_rejected_total", "Requests refused for lack of room or readiness.", "reason")
         self.cancelled = counter("requests_cancelled_total", "Requests given up before their end.", "cause")
+        self.prompt_bytes = gauge("prompt_cache_bytes", "Encoded prompts that are kept for the next time.")
         self.feature_bytes = gauge("feature_memory_bytes", "Features remembered between steps.", "model")
         self.out_of_memory = counter("out_of_memory_total", "Times the device had no memory left.")
         self.weight_bytes = gauge("model_weight_bytes", "Weights on the device.", "model", "part")

@@ -132,7 +132,7 @@ async def faked(
     backbones = {name: SimpleNamespace(spec=spec, scheduler_config={}) for name, spec in (models or specs()).items()}
     app = create_app(Settings(model=tuple(backbones), **settings), {})
     engine = Engine(backbones, {name: 5 + i for i, name in enumerate(backbones)})
-    patch.setattr(service, "usage", lambda backbone, run: USAGE)
+    patch.setattr(service, "usage", lambda backbone, run, ran: USAGE)
     patch.setattr(app.state.service, "engine", engine)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

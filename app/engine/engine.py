@@ -57,6 +57,7 @@ class Engine:
         metrics.capacity.set(settings.max_queue)
         metrics.waiting.set_function(lambda: len(self._waiting))
         metrics.running.set_function(lambda: len(self._running))
+        metrics.prompt_bytes.set_function(lambda: sum(b.prompt_cache_bytes for b in self.backbones.values()))
         metrics.ready.set_function(lambda: float(self.ready))
 
     @property

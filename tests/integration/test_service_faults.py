@@ -115,6 +115,7 @@ def test_out_of_memory_halves_the_tick_before_it_fails_anyone(student_of: Model,
             trouble.armed = 0
             assert (await served.post()).status_code == 200
             assert student_of("sd").prompt_cache_bytes > 0
+            assert served.value("prompt_cache_bytes") == student_of("sd").prompt_cache_bytes
 
     test()
 

@@ -114,6 +114,7 @@ class FakeBackbone:
         self.family = family or self.text
         config = {"cross_attention_dim": 1, "num_embeds_ada_norm": self.spec.num_classes}
         pipeline = SimpleNamespace(components={"text_encoder": nn.Module()}, text_encoder=nn.Module())
+        self.prompt_cache_bytes = 0
         self.parts = Parts(pipeline, config, self.device, self.dtype, text_tokens=1)
         self.roles = self.family.guidance.roles
         self.before: Callable[[list[int]], object] = lambda seeds: None

@@ -42,6 +42,7 @@ WANTED = {
     "queue_capacity": ("gauge", ""),
     "requests_rejected": ("counter", "reason"),
     "requests_cancelled": ("counter", "cause"),
+    "prompt_cache_bytes": ("gauge", ""),
     "feature_memory_bytes": ("gauge", "model"),
     "out_of_memory": ("counter", ""),
     "model_weight_bytes": ("gauge", "model part"),

@@ -288,7 +288,7 @@ async def test_nothing_can_be_had_of_what_has_not_ended(monkeypatch: pytest.Monk
 @aio
 async def test_what_costs_more_than_plain_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async with faked(monkeypatch) as served:
-        monkeypatch.setattr(service, "usage", lambda backbone, run: Usage(3, 6, 1200, 1000, 3))
+        monkeypatch.setattr(service, "usage", lambda backbone, run, ran: Usage(3, 6, 1200, 1000, 3))
         assert (await served.post()).status_code == 200
         assert served.value("macs_total", model="unet", kind="computed") == 1200
         assert served.value("macs_total", model="unet", kind="saved") == 0
@@ -300,7 +300,7 @@ async def test_what_cannot_be_counted_keeps_no_picture_from_its_client(
 ) -> None:
     """As JSON, as OpenAI's, as bytes and as a stream: the steps and rows of two guided images, and no MACs."""
 
-    def broken(backbone: object, run: object) -> None:
+    def broken(backbone: object, run: object, ran: object) -> None:
         raise ZeroDivisionError("secret")
 
     body: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0}
