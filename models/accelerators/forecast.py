@@ -21,7 +21,7 @@ class Forecast(Accelerator):
     """Between computed steps the network does not run: the scheduler follows a polynomial through the last predictions.
 
     Which steps are computed: every `interval`-th, or `evaluations` of them spread evenly over the run, or the `steps`
-    given. The first `warmup` are always computed, and so is the last where guidance is switched. As a foretold step
+    given. The first `warmup` are always computed, and so are steps at which guidance switches. As a foretold step
     costs nothing, the run may have more steps than it has evaluations.
     """
 

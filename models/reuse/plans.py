@@ -168,7 +168,7 @@ class StepRows:
 
     @property
     def num_rows(self) -> int:
-        """None where the prediction is foretold, one, and where the step is guided one more for each of its guides."""
+        """No row where the prediction is foretold; else one, and in guided steps one more for each of the guides."""
         return sum(1 for _ in self)
 
     @property
