@@ -25,7 +25,7 @@ from models.adapters.lora import Lora, meta_lora
 from models.families import Family, of_network
 from models.networks.base import Network
 from models.networks.sites import attention, blocks, level
-from models.networks.transformer import DiT, attention_rows
+from models.networks.transformer import Transformer, attention_rows
 from models.networks.unet import UNet, truncate
 from models.reuse.plans import Reading, Recall, RowPlan, StepRows, Twin, Zeros
 from models.reuse.rows import Conditioning, Places, Row
@@ -151,7 +151,7 @@ class Counts:
 
     def _one_block(self, plan: RowPlan, block: int, lora: Lora | None) -> int:
         """One row through one block. A twin needs its conditional row in the batch, which is taken off again."""
-        assert isinstance(self._network, DiT)  # noqa: S101
+        assert isinstance(self._network, Transformer)  # noqa: S101
         network, site, store = self._network, attention(block), FeatureStore()
         reading = plan.reads.get(site)
         twin = reading is not None and isinstance(reading.reuse, Twin)
@@ -162,11 +162,10 @@ class Counts:
             row.role = "unconditional"
         rows = [partner, row] if twin else [row]
         x, t, conditioning = self._inputs(len(rows))
-        h = network.embed(x)
+        h, inputs, _ = network.begin(x, t, conditioning)
         for entry in () if reading is None else reading.entries:
             shape = network.sites.shape(entry[0], *self._size)
             store.write([(row.memory, entry)], torch.empty(1, *shape, device="meta"))
-        inputs, _ = network.conditions(h, t, conditioning)
         both = self._count(lambda: network.block(block, h, inputs, attention_rows(rows, block, store, Places(h))))
         if not twin:
             return both

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -14,7 +14,18 @@ from models.reuse.rows import Places, Row
 from models.reuse.sites import Feature
 from models.reuse.store import FeatureStore
 
-BlockInputs = dict[str, Tensor | None]
+
+@dataclass(frozen=True, slots=True)
+class BlockInputs:
+    """What blocks take beside the hidden states: tensors [rows, ...] by name, and what all rows of a forward share."""
+
+    rows: dict[str, Tensor | None]
+    shared: Any = None
+
+    def take(self, places: Places, positions: Sequence[int]) -> BlockInputs:
+        """Those of these rows."""
+        rows = {name: None if value is None else places.take(value, positions) for name, value in self.rows.items()}
+        return BlockInputs(rows, self.shared)
 
 
 class Blocks(Protocol):
@@ -82,7 +93,7 @@ def _parts(h: Tensor, inputs: BlockInputs, rows: Sequence[Row], places: Places, 
             start,
             members,
             places.take(h, members),
-            {name: None if value is None else places.take(value, members) for name, value in inputs.items()},
+            inputs.take(places, members),
             [rows[i] for i in members],
         )
         for start, members in zip(starts, apart, strict=True)

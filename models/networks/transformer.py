@@ -1,4 +1,4 @@
-"""The diffusion transformer as a list of blocks: the loop is ours, the block maths is diffusers'.
+"""Diffusion transformers as lists of blocks: the loop is ours, the block maths is diffusers'.
 
 A row that reuses a range of blocks waits while the others run them, and adds its remembered effect (Δ-DiT). Rows that
 reuse the rear are sorted to the front of the batch, rows that reuse the front to its end, so the rows that run a block
@@ -7,6 +7,7 @@ are one slice; where ranges leave gaps, they are gathered.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,37 +19,40 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
 from models.networks.attention import AttentionRows
-from models.networks.gated_blocks import run_gated
+from models.networks.gated_blocks import BlockInputs, run_gated
 from models.networks.gating import gates_of
 from models.networks.sites import TransformerSites, attention
 from models.reuse.plans import RowPlan
 from models.reuse.rows import Conditioning, Places, Row, kept, put, segments
-from models.reuse.sites import Feature, Site
+from models.reuse.sites import Feature, Site, Sites
 from models.reuse.store import FeatureStore
 
-BlockInputs = dict[str, Tensor | None]
 _BLOCK_INPUTS = ("timestep", "class_labels", "encoder_hidden_states", "encoder_attention_mask")
 POSITION_BYTES = 64 * 2**20
 """Position tables of other sizes than the native one that are kept on the device, least recently used first to go."""
 
 
-class DiT:
-    """Runs a diffusers `DiTTransformer2DModel` or `PixArtTransformer2DModel` row by row as the plans say."""
+class Transformer(ABC):
+    """Runs the blocks of a transformer row by row as the plans say. Subclasses say what lies around them."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, blocks: Sequence[nn.Module], reusable: Sequence[nn.Module], sites: Sites) -> None:
         self.module = module
-        self.blocks: list[nn.Module] = list(module.transformer_blocks)
-        self.reusable: list[nn.Module] = [block.attn1 for block in module.transformer_blocks]
-        self.by_class = not hasattr(module, "adaln_single")  # conditioned on a class, in every block
-        self.sites = TransformerSites(
-            int(module.config.in_channels),
-            len(self.blocks),
-            int(module.config.patch_size),
-            int(module.config.num_attention_heads * module.config.attention_head_dim),
-            int(module.config.num_attention_heads),
-            int(module.config.attention_head_dim),
-        )
-        self._positions: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self.blocks = list(blocks)
+        self.reusable = list(reusable)
+        self.sites = sites
+
+    @abstractmethod
+    def begin(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, BlockInputs, Tensor]:
+        """From latents x [rows, channels, height, width] at times t [rows]: the hidden states [rows, tokens, dim] in
+        front of the first block, what every block takes, and what the head takes."""
+
+    @abstractmethod
+    def end(self, h: Tensor, inputs: BlockInputs, embedded: Tensor, size: tuple[int, int]) -> Tensor:
+        """From hidden states behind the last block to predictions [rows, channels, height, width] of this size."""
+
+    @abstractmethod
+    def block(self, number: int, h: Tensor, inputs: BlockInputs, attention: AttentionRows | None) -> Tensor:
+        """One transformer block over hidden states h [rows, tokens, dim]."""
 
     @property
     def depth(self) -> int:
@@ -65,15 +69,13 @@ class DiT:
         order = sorted(range(len(rows)), key=lambda i: (*_zone(rows[i].plan), rows[i].plan.adapter or ""))
         x, t = places.take(x, order), places.take(t, order)
         conditioning = {name: places.take(value, order) for name, value in conditioning.items()}
-        height, width = (side // self.module.config.patch_size for side in x.shape[-2:])
-        h = self.embed(x)  # [rows, tokens, dim]
-        inputs, embedded = self.conditions(h, t, conditioning)
+        h, inputs, embedded = self.begin(x, t, conditioning)
         rows = [rows[i] for i in order]
         if gates is None:
             h = self.run_blocks((0, self.depth), h, inputs, rows, store, places, {})
         else:
             h = run_gated(self, h, inputs, rows, store, places, gates)
-        out = self._unpatchify(self._head(h, inputs, embedded), height, width)
+        out = self.end(h, inputs, embedded, (x.shape[-2], x.shape[-1]))
         return places.take(out, sorted(range(len(order)), key=order.__getitem__))
 
     def run_blocks(
@@ -122,7 +124,7 @@ class DiT:
         part = h
         if running:
             part = places.take(h, running)
-            given = {k: None if v is None else places.take(v, running) for k, v in inputs.items()}
+            given = inputs.take(places, running)
             active = [rows[i] for i in running]
             for block in range(start, stop):
                 part = self.block(block, part, given, attention_rows(active, block, store, places))
@@ -138,10 +140,38 @@ class DiT:
             put(out, places.where(beginning), places.take(h, beginning) + effect)
         return out
 
+
+class DiT(Transformer):
+    """A diffusers `DiTTransformer2DModel` or `PixArtTransformer2DModel`."""
+
+    def __init__(self, module: Any) -> None:
+        self.by_class = not hasattr(module, "adaln_single")  # conditioned on a class, in every block
+        sites = TransformerSites(
+            int(module.config.in_channels),
+            len(module.transformer_blocks),
+            int(module.config.patch_size),
+            int(module.config.num_attention_heads * module.config.attention_head_dim),
+            int(module.config.num_attention_heads),
+            int(module.config.attention_head_dim),
+        )
+        attentions = [block.attn1 for block in module.transformer_blocks]
+        super().__init__(module, module.transformer_blocks, attentions, sites)
+        self._positions: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+
+    def begin(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, BlockInputs, Tensor]:
+        """See `Transformer`."""
+        h = self.embed(x)
+        return (h, *self.conditions(h, t, conditioning))
+
+    def end(self, h: Tensor, inputs: BlockInputs, embedded: Tensor, size: tuple[int, int]) -> Tensor:
+        """See `Transformer`."""
+        height, width = (side // self.module.config.patch_size for side in size)
+        return self._unpatchify(self._head(h, inputs, embedded), height, width)
+
     def block(self, number: int, h: Tensor, inputs: BlockInputs, attention: AttentionRows | None) -> Tensor:
-        """One transformer block over hidden states h [rows, tokens, dim]."""
+        """See `Transformer`."""
         kwargs = None if attention is None else {"rows": attention}
-        out: Tensor = self.blocks[number](h, attention_mask=None, cross_attention_kwargs=kwargs, **inputs)
+        out: Tensor = self.blocks[number](h, attention_mask=None, cross_attention_kwargs=kwargs, **inputs.rows)
         return out
 
     def embed(self, x: Tensor) -> Tensor:
@@ -178,7 +208,7 @@ class DiT:
         if self.by_class:
             labels = given["class_labels"]
             embedded = self.blocks[0].norm1.emb(t, labels, hidden_dtype=h.dtype)  # type: ignore[operator, union-attr]
-            return dict(zip(_BLOCK_INPUTS, (t, labels, None, None), strict=True)), embedded
+            return BlockInputs(dict(zip(_BLOCK_INPUTS, (t, labels, None, None), strict=True))), embedded
         added = {k: given.get(k) for k in ("resolution", "aspect_ratio")}
         timestep, embedded = self.module.adaln_single(t, added, batch_size=len(h), hidden_dtype=h.dtype)
         context = given["encoder_hidden_states"]
@@ -187,7 +217,7 @@ class DiT:
         mask = given.get("encoder_attention_mask")
         if mask is not None:
             mask = ((1 - mask.to(h.dtype)) * -10000.0).unsqueeze(1)  # [rows, 1, text_tokens]
-        return dict(zip(_BLOCK_INPUTS, (timestep, None, context, mask), strict=True)), embedded
+        return BlockInputs(dict(zip(_BLOCK_INPUTS, (timestep, None, context, mask), strict=True))), embedded
 
     def _head(self, h: Tensor, inputs: BlockInputs, embedded: Tensor) -> Tensor:
         dit = self.module
