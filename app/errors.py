@@ -50,10 +50,28 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
 
+class StoreOff(NotFound):
+    """The server runs without a store, so it has no jobs, files or batches."""
+
+    code = "store_off"
+
+
 class MethodNotAllowed(ServiceError):
     """The route exists, but not for this method."""
 
     status, kind, outcome, code = 405, "invalid_request_error", "invalid", "method_not_allowed"
+
+
+class Conflict(ServiceError):
+    """Not in the state that this asks for: a picture of a job that is not done, say."""
+
+    status, kind, outcome, code = 409, "conflict_error", "invalid", "conflict"
+
+
+class IdempotencyConflict(Conflict):
+    """The same `Idempotency-Key` was sent with another body."""
+
+    code = "idempotency_conflict"
 
 
 class TooLarge(ServiceError):
@@ -137,3 +155,33 @@ class DeadlineExceeded(ServiceError):
     """The request's deadline passed before its images were done."""
 
     status, kind, outcome, code = 504, "timeout_error", "deadline", "deadline_exceeded"
+
+
+class ModelChanged(ServiceError):
+    """The model or adapter is not the one that the job was accepted for: its picture would be another."""
+
+    code = "model_changed"
+
+
+class JobCrashed(ServiceError):
+    """The process ended three times while it ran this job."""
+
+    code = "job_crashed"
+
+
+class StoreFailed(ServiceError):
+    """The store could not be read or written."""
+
+    code = "store_failed"
+
+
+class StoreUnavailable(Unavailable):
+    """The store is locked or cannot be reached."""
+
+    code = "store_unavailable"
+
+
+class StoreFull(ServiceError):
+    """No room in the store: its disk is full, or as much as `store_bytes` is kept. Nothing was written."""
+
+    status, kind, outcome, code = 507, "server_error", "rejected", "store_full"

@@ -21,7 +21,10 @@ TABLE = {
     "Unauthorized": (401, "authentication_error", "unauthorized", "invalid_api_key"),
     "NotFound": (404, "not_found_error", "invalid", "not_found"),
     "ModelNotFound": (404, "not_found_error", "invalid", "model_not_found"),
+    "StoreOff": (404, "not_found_error", "invalid", "store_off"),
     "MethodNotAllowed": (405, "invalid_request_error", "invalid", "method_not_allowed"),
+    "Conflict": (409, "conflict_error", "invalid", "conflict"),
+    "IdempotencyConflict": (409, "conflict_error", "invalid", "idempotency_conflict"),
     "TooLarge": (413, "invalid_request_error", "invalid", "body_too_large"),
     "Impossible": (422, "invalid_request_error", "invalid", "invalid_value"),
     "QueueFull": (429, "rate_limit_error", "rejected", "queue_full"),
@@ -35,6 +38,11 @@ TABLE = {
     "Draining": (503, "server_error", "rejected", "draining"),
     "EngineDead": (503, "server_error", "rejected", "engine_dead"),
     "DeadlineExceeded": (504, "timeout_error", "deadline", "deadline_exceeded"),
+    "ModelChanged": (500, "server_error", "error", "model_changed"),
+    "JobCrashed": (500, "server_error", "error", "job_crashed"),
+    "StoreFailed": (500, "server_error", "error", "store_failed"),
+    "StoreUnavailable": (503, "server_error", "rejected", "store_unavailable"),
+    "StoreFull": (507, "server_error", "rejected", "store_full"),
 }
 
 
