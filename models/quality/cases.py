@@ -12,6 +12,7 @@ from models.accelerators import (
     DeepCache,
     DeltaDiT,
     DiTFastAttn,
+    Forecast,
     SelectiveGuidance,
 )
 from models.backbone import Backbone
@@ -21,8 +22,10 @@ from models.resolve import resolve
 from models.reuse.plans import StepPlan, Zeros
 from models.spec import ModelSpec
 
-Kind = Literal["baseline", "unguided", "teacher", "accelerated", "same_macs", "zeros", "full_steps"]
+Kind = Literal["baseline", "unguided", "teacher", "accelerated", "same_macs", "best_solver", "zeros", "full_steps"]
 Acceleration = Sequence[Accelerator]
+BEST_SOLVERS = ("unipc", "dpmpp_2m", "ddim")
+"""Best first: which solver a plain run of few steps should take, where the model offers it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Case:
     accelerators: tuple[Accelerator, ...] = ()
     guidance_scale: float | None = None
     of: str | None = None
+    scheduler: str | None = None
 
     def request(self, prompt: str, seed: int) -> Request:
         """This run for one picture."""
@@ -43,6 +47,7 @@ class Case:
             seed=seed,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            scheduler=self.scheduler,
             acceleration=self.accelerators,
         )
 
@@ -55,16 +60,21 @@ class ZerosInMemory(DeepCache):
         return StepPlan(dict.fromkeys(super().plan(step, num_steps).reuse, Zeros()))
 
 
-def cases(backbone: Backbone, accelerations: Sequence[Acceleration], num_inference_steps: int) -> list[Case]:
+def cases(
+    backbone: Backbone,
+    accelerations: Sequence[Acceleration],
+    num_inference_steps: int,
+    scheduler: str | None = None,
+) -> list[Case]:
     """The baseline, each acceleration and its controls, in the order of the table.
 
     Raises a `RequestError` for an acceleration that does not fit the model or the run.
     """
-    plain = Case("plain", "baseline", num_inference_steps)
+    plain = Case("plain", "baseline", num_inference_steps, scheduler=scheduler or backbone.spec.default_scheduler)
     found = [plain]
     for acceleration in accelerations:
         case = replace(plain, label=label(acceleration), kind="accelerated", accelerators=tuple(acceleration))
-        found += [case, _same_macs(backbone, plain, case)]
+        found += [case, *_same_macs(backbone, plain, case)]
         if any(isinstance(accelerator, CfgStudent) for accelerator in acceleration):
             found += [one for one in _guidance(backbone, plain, case) if one.label not in {old.label for old in found}]
         for accelerator in acceleration:
@@ -89,7 +99,8 @@ def label(acceleration: Acceleration) -> str:
 
 def defaults(spec: ModelSpec) -> list[Acceleration]:
     """What is evaluated of a model where nothing is named: every accelerator for text-to-image, at a few settings."""
-    runs: list[Acceleration] = [[SelectiveGuidance(stop=stop)] for stop in (0.8, 0.5)]
+    runs: list[Acceleration] = [[Forecast(interval=2)], [Forecast(interval=3)]]
+    runs += [[SelectiveGuidance(stop=stop)] for stop in (0.8, 0.5)]
     students = [[CfgStudent(adapter=name)] for name in spec.adapters]
     if spec.family == "unet":
         caches: list[Accelerator] = [
@@ -97,25 +108,39 @@ def defaults(spec: ModelSpec) -> list[Acceleration]:
             DeepCache(interval=3),
             DeepCache(interval=5),
             DeepCache(interval=5, branch=1),
+            DeepCache(interval=2, order=1),
         ]
     else:
-        caches = [DeltaDiT(interval=2), DeltaDiT(interval=3)]
+        caches = [DeltaDiT(interval=2), DeltaDiT(interval=3), DeltaDiT(interval=2, order=1)]
         caches += [DiTFastAttn.model_validate({"plan": name}) for name in spec.plans]
     runs = [[cache] for cache in caches] + runs + [list(student) for student in students]
     return runs + [[*student, caches[0]] for student in students]
 
 
-def _same_macs(backbone: Backbone, plain: Case, case: Case) -> Case:
-    """As many plain steps as the acceleration's MACs pay for, rounded down."""
-    full = cost(backbone, plain)
-    steps = max(1, cost(backbone, case).macs * full.steps // full.macs)
-    return replace(
-        plain,
-        label=f"{steps} plain step{'s' * (steps > 1)}",
-        kind="same_macs",
-        num_inference_steps=steps,
-        of=case.label,
-    )
+def best_solver(spec: ModelSpec) -> str:
+    """The solver that makes the most of few plain steps, of those that the model offers."""
+    return next((name for name in BEST_SOLVERS if name in spec.schedulers), spec.default_scheduler)
+
+
+def _same_macs(backbone: Backbone, plain: Case, case: Case) -> list[Case]:
+    """As many plain steps as the acceleration's MACs pay for, rounded down: of the same solver, and of the best one."""
+    found = [_plain(backbone, plain, case)]
+    best = best_solver(backbone.spec)
+    if best != plain.scheduler:
+        other = _plain(backbone, replace(plain, scheduler=best), case)
+        found.append(replace(other, kind="best_solver", label=f"{other.label} of {best}"))
+    return found
+
+
+def _plain(backbone: Backbone, plain: Case, case: Case) -> Case:
+    """The most plain steps of a solver that cost no more than `case`. Some solvers evaluate a step twice."""
+    budget, full = cost(backbone, case).macs, cost(backbone, plain)
+    steps = max(1, budget * full.steps // full.macs)
+    control = replace(plain, kind="same_macs", of=case.label, num_inference_steps=steps)
+    while steps > 1 and cost(backbone, control).macs > budget:
+        steps -= 1
+        control = replace(control, num_inference_steps=steps)
+    return replace(control, label=f"{steps} plain step{'s' * (steps > 1)}")
 
 
 def _guidance(backbone: Backbone, plain: Case, case: Case) -> list[Case]:

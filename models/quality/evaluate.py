@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import Image
 
@@ -14,7 +15,9 @@ from models.errors import RequestError
 from models.generate import generate
 from models.quality import metrics
 from models.quality.cases import Acceleration, Case, cases, cost, defaults
+from models.quality.converged import NOISY, STEPS, Converged
 from models.quality.judge import Judge
+from models.quality.metrics import Likeness
 from models.resolve import resolve
 
 REFERENCES = 2048  # rendered pictures behind every Fréchet distance
@@ -25,18 +28,20 @@ Progress = Callable[[int, int], None]
 class Score:
     """One line of the table. Rows, MACs and seconds are those of one picture; `speedup` is the wall ratio.
 
-    `psnr` and `ssim` are means against the unaccelerated picture of the same seed; `alignment` is the share of pictures
-    that keep each claim of their caption; it and `frechet` are None without a judge or outside its world.
+    `to_plain` compares with the unaccelerated picture of the same seed (None: it is that), `to_converged` with the one
+    of very many steps (None: the scheduler does not converge); `alignment` is the share of pictures that keep each
+    claim of their caption; it and `frechet` are None without a judge or outside its world.
     """
 
     case: Case
+    evaluations: int
     rows: int
     macs: int
     mac_ratio: float
     seconds: float
     speedup: float
-    psnr: float | None
-    ssim: float | None
+    to_plain: Likeness | None
+    to_converged: Likeness | None
     alignment: dict[str, float] | None
     frechet: float | None
 
@@ -50,6 +55,8 @@ class Evaluation:
     captions: list[str]
     device: str
     dtype: str
+    scheduler: str
+    converged_steps: int | None  # of the converged pictures; None where the scheduler has none
     scores: list[Score]
     samples: list[list[Image.Image]] = field(repr=False)
 
@@ -71,6 +78,8 @@ def evaluate(
     judge: Judge | None = None,
     seeds: int = 1,
     num_inference_steps: int | None = None,
+    scheduler: str | None = None,
+    converged: Path | None = None,
     chunk: int = 32,
     samples: int = 10,
     progress: Progress | None = None,
@@ -79,35 +88,49 @@ def evaluate(
 
     `captions` is how many held-out captions of the judge's world to draw, or the prompts themselves. The runs take
     turns after every `chunk` pictures, so that a machine that slows down slows them all. Without `accelerations`, those
-    that fit the model. Raises a `RequestError` for one that does not.
+    that fit the model. Converged pictures are drawn once and kept in the folder `converged` for the next evaluation.
+    Raises a `RequestError` for an acceleration that does not fit.
     """
     prompts = _prompts(backbone, captions, judge)
     pairs = [(prompt, 1000 * seed + i) for seed in range(seeds) for i, prompt in enumerate(prompts)]
     steps = num_inference_steps or backbone.spec.default_steps
-    chosen = cases(backbone, accelerations or defaults(backbone.spec), steps)
+    chosen = cases(backbone, accelerations or defaults(backbone.spec), steps, scheduler)
+    plain = chosen[0]
     runs = {_key(case): _Run(case) for case in chosen}
-    generate(backbone, [chosen[0].request(*pairs[0])])  # warm
-    done, total = 0, len(pairs) * len(runs)
+    kept = None if plain.scheduler in NOISY else Converged(backbone, converged)
+    ideals: list[Image.Image] = []
+    generate(backbone, [plain.request(*pairs[0])])  # warm
+    done, total = 0, len(pairs) * (len(runs) + (kept is not None))
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
     for start in range(0, len(pairs), chunk):
         part = pairs[start : start + chunk]
-        plain = (chosen[0].request(prompt, seed) for prompt, seed in part)
-        backbone.prepare([resolve(backbone.spec, backbone.scheduler_config, request) for request in plain])
+        requests = [plain.request(prompt, seed) for prompt, seed in part]
+        backbone.prepare([resolve(backbone.spec, backbone.scheduler_config, request) for request in requests])
+        if kept is not None:
+            ideals += kept.pictures(requests)
+            advance(len(part))
         for run in runs.values():
             began = time.perf_counter()
             results = generate(backbone, [run.case.request(prompt, seed) for prompt, seed in part])
             run.seconds.append(time.perf_counter() - began)
             run.pictures += [result.images[0] for result in results]
-            done += len(part)
-            if progress is not None:
-                progress(done, total)
+            advance(len(part))
     drawn = [prompt for prompt, _ in pairs]
-    scorer = _Scorer(drawn, runs[_key(chosen[0])], cost(backbone, chosen[0]).macs, judge)
+    scorer = _Scorer(drawn, runs[_key(plain)], ideals, cost(backbone, plain).macs, judge)
     return Evaluation(
         model=backbone.spec.name,
         pictures=len(pairs),
         captions=drawn[:samples],
         device=str(backbone.device),
         dtype=str(backbone.dtype).removeprefix("torch."),
+        scheduler=str(plain.scheduler),
+        converged_steps=None if kept is None else STEPS,
         scores=[scorer.score(case, runs[_key(case)], backbone) for case in chosen],
         samples=[runs[_key(case)].pictures[:samples] for case in chosen],
     )
@@ -115,7 +138,7 @@ def evaluate(
 
 def _key(case: Case) -> tuple[object, ...]:
     """Cases that make the same pictures are run once."""
-    return (case.num_inference_steps, case.accelerators, case.guidance_scale)
+    return (case.num_inference_steps, case.accelerators, case.guidance_scale, case.scheduler)
 
 
 def _prompts(backbone: Backbone, captions: int | Sequence[str], judge: Judge | None) -> list[str]:
@@ -127,10 +150,12 @@ def _prompts(backbone: Backbone, captions: int | Sequence[str], judge: Judge | N
 
 
 class _Scorer:
-    """Scores runs against the plain one and, in the judge's world, against captions and true pictures."""
+    """Scores runs against the plain and the converged pictures and, in the judge's world, captions and true ones."""
 
-    def __init__(self, captions: list[str], plain: _Run, macs: int, judge: Judge | None) -> None:
-        self._captions, self._plain, self._macs = captions, plain, macs
+    def __init__(
+        self, captions: list[str], plain: _Run, converged: list[Image.Image], macs: int, judge: Judge | None
+    ) -> None:
+        self._captions, self._plain, self._converged, self._macs = captions, plain, converged, macs
         self._judge = judge if judge is not None and judge.reads(plain.pictures, captions) else None
         self._reference = None
         if self._judge is not None:
@@ -138,18 +163,18 @@ class _Scorer:
 
     def score(self, case: Case, run: _Run, backbone: Backbone) -> Score:
         usage = cost(backbone, case)
-        pairs = list(zip(run.pictures, self._plain.pictures, strict=True))
         plain = case.kind == "baseline"
         ratios = [a / b for a, b in zip(self._plain.seconds, run.seconds, strict=True)]
         return Score(
             case=case,
+            evaluations=usage.evaluations,
             rows=usage.rows,
             macs=usage.macs,
             mac_ratio=self._macs / usage.macs,
             seconds=sum(run.seconds) / len(run.pictures),
             speedup=statistics.median(ratios),
-            psnr=None if plain else statistics.fmean(metrics.psnr(a, b) for a, b in pairs),
-            ssim=None if plain else statistics.fmean(metrics.ssim(a, b) for a, b in pairs),
+            to_plain=None if plain else Likeness.of(run.pictures, self._plain.pictures),
+            to_converged=Likeness.of(run.pictures, self._converged) if self._converged else None,
             alignment=None if self._judge is None else self._judge.alignment(run.pictures, self._captions),
             frechet=self._frechet(run.pictures),
         )

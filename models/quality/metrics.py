@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -23,6 +28,26 @@ def ssim(picture: Image.Image, reference: Image.Image) -> float:
     """Structural similarity (Wang et al., 2004) of two RGB pictures of equal size, at most 1."""
     a, b = np.asarray(reference.convert("RGB")), np.asarray(picture.convert("RGB"))
     return float(structural_similarity(a, b, data_range=255, channel_axis=2))
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How near pictures come to others, on average: PSNR in decibels with its standard error, and SSIM.
+
+    One picture has no standard error.
+    """
+
+    psnr: float
+    psnr_error: float | None
+    ssim: float
+
+    @classmethod
+    def of(cls, pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> Likeness:
+        """Of pictures of equal number and size, one by one."""
+        pairs = list(zip(pictures, references, strict=True))
+        values = [psnr(*pair) for pair in pairs]
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(statistics.fmean(values), error, statistics.fmean(ssim(*pair) for pair in pairs))
 
 
 def frechet(features: Tensor, reference: Tensor) -> float:

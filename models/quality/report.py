@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from models.quality.evaluate import Evaluation, Score
+from models.quality.metrics import Likeness
 
 Measure = Callable[[Score], float | None]
 
 CELL = 64  # pixels a picture of the contact sheet; larger ones are reduced
 LABEL = 250  # pixels for the name of a run
-PLAIN_STEPS = ("baseline", "same_macs", "full_steps")
+PLAIN_RUNS = (
+    (("baseline", "same_macs", "full_steps"), ".-", "plain runs of fewer steps"),
+    (("best_solver",), ".--", "the same of the best solver"),
+)
 OF_STUDENTS = {"unguided": "kx", "teacher": "k+"}
 PANELS: tuple[tuple[str, Measure], ...] = (
     ("alignment, %", lambda score: None if score.alignment is None else 100 * score.alignment["all"]),
     ("Fréchet distance (lower is better)", lambda score: score.frechet),
-    ("PSNR to the plain picture, dB", lambda score: score.psnr),
+    ("PSNR to the plain picture, dB", lambda score: score.to_plain.psnr if score.to_plain else None),
+    ("PSNR to the converged picture, dB", lambda score: score.to_converged.psnr if score.to_converged else None),
 )
 
 
@@ -44,6 +49,8 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "pictures": evaluation.pictures,
         "device": evaluation.device,
         "dtype": evaluation.dtype,
+        "scheduler": evaluation.scheduler,
+        "converged_steps": evaluation.converged_steps,
         "runs": [_line(score) for score in evaluation.scores],
     }
 
@@ -55,24 +62,29 @@ def _line(score: Score) -> dict[str, Any]:
         "kind": case.kind,
         "control_of": case.of,
         "num_inference_steps": case.num_inference_steps,
+        "scheduler": case.scheduler,
         "guidance_scale": case.guidance_scale,
         "acceleration": [accelerator.model_dump(by_alias=True, mode="json") for accelerator in case.accelerators],
+        "evaluations": score.evaluations,
         "rows": score.rows,
         "macs": score.macs,
         "mac_ratio": score.mac_ratio,
         "seconds": score.seconds,
         "speedup": score.speedup,
-        "psnr": score.psnr,
-        "ssim": score.ssim,
+        "to_plain": score.to_plain and asdict(score.to_plain),
+        "to_converged": score.to_converged and asdict(score.to_converged),
         "alignment": score.alignment,
         "frechet": score.frechet,
     }
 
 
+COLUMNS = ("run", "steps", "evaluations", "GMACs", "fewer MACs", "wall", "PSNR to plain", "SSIM", "PSNR to converged",
+           "SSIM", "alignment", "Fréchet")  # fmt: skip
+
+
 def table(evaluation: Evaluation) -> str:
     """A Markdown table; controls stand below their acceleration, in italics."""
-    head = ["run", "steps", "rows", "GMACs", "fewer MACs", "wall", "PSNR", "SSIM", "alignment", "Fréchet"]
-    lines = [head, ["---", *["--:"] * (len(head) - 1)]]
+    lines = [list(COLUMNS), ["---", *["--:"] * (len(COLUMNS) - 1)]]
     for score in evaluation.scores:
         control = score.case.kind not in ("baseline", "accelerated")
         name = f"`{score.case.label}`" if score.case.kind == "accelerated" else score.case.label
@@ -80,12 +92,12 @@ def table(evaluation: Evaluation) -> str:
             [
                 f"↳ *{name}*" if control else name,
                 str(score.case.num_inference_steps),
-                str(score.rows),
+                str(score.evaluations),
                 f"{score.macs / 1e9:.3g}",
                 f"{score.mac_ratio:.2f}x",
                 f"{score.speedup:.2f}x",
-                _number(score.psnr, ".1f"),
-                _number(score.ssim, ".3f"),
+                *_likeness(score.to_plain),
+                *_likeness(score.to_converged),
                 _number(score.alignment["all"] if score.alignment else None, ".1%"),
                 _number(score.frechet, ".2f"),
             ]
@@ -93,12 +105,16 @@ def table(evaluation: Evaluation) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def _likeness(likeness: Likeness | None) -> tuple[str, str]:
+    return ("–", "–") if likeness is None else (f"{likeness.psnr:.1f}", f"{likeness.ssim:.3f}")
+
+
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
 def plot(evaluation: Evaluation, file: Path) -> None:
-    """Speed (in MACs, which no busy machine can blur) against fidelity; a grey line joins plain runs of fewer steps."""
+    """Speed (in MACs, which no busy machine can blur) against fidelity; lines join plain runs of fewer steps."""
     shown = [(name, measure) for name, measure in PANELS if any(measure(s) is not None for s in evaluation.scores)]
     figure = Figure(figsize=(5.0 * len(shown) + 2.8, 4.4), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
@@ -106,8 +122,9 @@ def plot(evaluation: Evaluation, file: Path) -> None:
         axes.set(xlabel="times fewer MACs than the plain run", ylabel=name)
         axes.grid(alpha=0.3)
         points = [(s, measure(s)) for s in evaluation.scores]
-        plain = {s.case.num_inference_steps: (s.mac_ratio, y) for s, y in points if y is not None and _is_plain(s)}
-        _line_of_plain_runs(axes, plain)
+        for kinds, style, name in PLAIN_RUNS:
+            line = sorted({(s.mac_ratio, y) for s, y in points if y is not None and _is_plain(s, kinds)})
+            axes.plot([x for x, _ in line], [y for _, y in line], style, color="0.6", label=name)
         for number, (score, y) in enumerate((s, y) for s, y in points if s.case.kind == "accelerated"):
             marker = "osD^vP*X"[number // 10 % 8]
             axes.plot(score.mac_ratio, y, marker, color=f"C{number % 10}", label=score.case.label, markersize=7)
@@ -120,13 +137,8 @@ def plot(evaluation: Evaluation, file: Path) -> None:
     figure.savefig(file, dpi=90)
 
 
-def _is_plain(score: Score) -> bool:
-    return score.case.kind in PLAIN_STEPS and not score.case.accelerators
-
-
-def _line_of_plain_runs(axes: Axes, plain: dict[int, tuple[float, float]]) -> None:
-    points = [plain[steps] for steps in sorted(plain, reverse=True)]
-    axes.plot([x for x, _ in points], [y for _, y in points], ".-", color="0.6", label="plain runs of fewer steps")
+def _is_plain(score: Score, kinds: tuple[str, ...]) -> bool:
+    return score.case.kind in kinds and not score.case.accelerators
 
 
 def contact_sheet(evaluation: Evaluation, file: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from app.commands import evaluate as command
-from models import Backbone
+from models import Backbone, Request, Result, generate
 from models.accelerators import DeepCache
 from models.errors import RequestError
-from models.quality import evaluate
+from models.quality import converged, evaluate
+from models.quality.converged import Converged, weights_digest
 from models.shapes.judge import ShapesJudge
 
 
@@ -36,15 +38,17 @@ def test_a_small_run_writes_every_file(cli: typer.Typer, pipeline_dir: Callable[
     result = CliRunner().invoke(cli, ["evaluate", *arguments])
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "evaluation.json").read_text())
-    kinds = ["accelerated", "same_macs", "zeros", "full_steps"]
+    kinds = ["accelerated", "same_macs", "best_solver", "zeros", "full_steps"]
     assert [run["kind"] for run in found["runs"]] == ["baseline", *kinds, *kinds]
     assert [run["label"] for run in found["runs"] if run["kind"] == "accelerated"] == runs
     assert {run["control_of"] for run in found["runs"]} == {None, *runs}
     assert found["pictures"] == 2
     plain, cached = found["runs"][:2]
-    assert (plain["mac_ratio"], plain["psnr"], plain["rows"]) == (1.0, None, 8)
+    assert (plain["mac_ratio"], plain["to_plain"], plain["rows"]) == (1.0, None, 8)
     assert cached["mac_ratio"] > 1.3
-    assert cached["psnr"] > 0
+    assert cached["to_plain"]["psnr"] > 0
+    assert plain["to_converged"]["psnr"] > 0
+    assert len(list((tmp_path / "converged").glob("*.png"))) == 2
     assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + len(found["runs"])
     for name in ("tradeoff.png", "contact.png"):
         with Image.open(tmp_path / name) as picture:
@@ -61,6 +65,43 @@ def test_what_does_not_fit_is_said_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
+def test_converged_pictures_are_drawn_once(
+    backbone_of: Callable[..., Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int | None] = []
+
+    def counted(backbone: Backbone, requests: Sequence[Request]) -> list[Result]:
+        drawn.extend(request.num_inference_steps for request in requests)
+        return generate(backbone, requests)
+
+    monkeypatch.setattr(converged, "generate", counted)
+    backbone = backbone_of("sd")
+    asked = [Request(prompt="a red circle", seed=seed, num_inference_steps=3) for seed in (1, 2)]
+    first = Converged(backbone, tmp_path, steps=5).pictures(asked)
+    again = Converged(backbone, tmp_path, steps=5).pictures([*asked[::-1], replace(asked[0], seed=3)])
+    assert drawn == [5, 5, 5]
+    wanted = [generate(backbone, [replace(one, num_inference_steps=5)])[0].images[0] for one in asked]
+    assert [one.tobytes() for one in first] == [one.tobytes() for one in wanted]
+    assert [one.tobytes() for one in again[:2]] == [one.tobytes() for one in first[::-1]]
+    Converged(backbone, tmp_path, steps=6).pictures(asked[:1])
+    assert drawn[3:] == [6]
+    with pytest.raises(ValueError, match="euler_ancestral"):
+        Converged(backbone, tmp_path).pictures([replace(asked[0], scheduler="euler_ancestral")])
+
+
+def test_another_network_has_other_converged_pictures(backbone_of: Callable[..., Backbone]) -> None:
+    one, other = backbone_of("sd"), backbone_of("pixart-alpha")
+    before = weights_digest(one)
+    assert before == weights_digest(one) != weights_digest(other)
+    weight = next(iter(one.network.module.parameters()))
+    kept = weight.data.clone()
+    weight.data[0] += 1
+    try:
+        assert weights_digest(one) != before
+    finally:
+        weight.data.copy_(kept)
+
+
 def test_a_model_of_another_world_needs_prompts(backbone_of: Callable[..., Backbone]) -> None:
     with pytest.raises(RequestError, match="captions"):
         evaluate(backbone_of("sd"), [[DeepCache()]], captions=4, judge=ShapesJudge())
@@ -68,6 +109,8 @@ def test_a_model_of_another_world_needs_prompts(backbone_of: Callable[..., Backb
 
 def test_pictures_outside_the_world_of_shapes_are_only_compared(backbone_of: Callable[..., Backbone]) -> None:
     captions = ["a large red circle on a white background"]
-    evaluation = evaluate(backbone_of("pixart-alpha"), captions=captions, judge=ShapesJudge(), num_inference_steps=3)
+    evaluation = evaluate(
+        backbone_of("pixart-alpha"), captions=captions, judge=ShapesJudge(), num_inference_steps=3, scheduler="lcm"
+    )
     assert all(score.alignment is None and score.frechet is None for score in evaluation.scores)
-    assert all(score.ssim is not None for score in evaluation.scores[1:])
+    assert all(score.to_plain is not None and score.to_converged is None for score in evaluation.scores[1:])

@@ -96,6 +96,21 @@ def test_controls_cost_at_most_what_their_acceleration_costs(backbone_of: Callab
         assert spent[case.label] <= spent[case.of] < spent[case.label] + step
 
 
+def test_the_best_solver_stands_beside_every_acceleration(backbone_of: Callable[..., Backbone]) -> None:
+    backbone = backbone_of("sd")
+    for scheduler in ("ddim", "heun", None):
+        chosen = cases(backbone, [[DeepCache(interval=3)]], 10, scheduler)
+        same, best = (next(case for case in chosen if case.kind == kind) for kind in ("same_macs", "best_solver"))
+        assert (same.scheduler, best.scheduler) == (scheduler or backbone.spec.default_scheduler, "unipc")
+        assert {case.scheduler for case in chosen if case is not best} == {same.scheduler}
+        budget = cost(backbone, chosen[1]).macs
+        for case in (same, best):
+            more = replace(case, num_inference_steps=case.num_inference_steps + 1)
+            assert cost(backbone, case).macs <= budget < cost(backbone, more).macs
+    chosen = cases(backbone, [[DeepCache(interval=3)]], 10, "unipc")
+    assert not any(case.kind == "best_solver" for case in chosen)
+
+
 def test_deepcache_has_its_negative_and_its_positive_control(backbone_of: Callable[..., Backbone]) -> None:
     chosen = cases(backbone_of("sd"), [[DeepCache(interval=3), SelectiveGuidance(stop=0.5)]], 10)
     zeros, full = (next(case for case in chosen if case.kind == kind) for kind in ("zeros", "full_steps"))

@@ -14,18 +14,24 @@ from models.accelerators import DeepCache
 from models.quality import metrics, report
 from models.quality.cases import Case
 from models.quality.evaluate import Evaluation, Score
+from models.quality.metrics import Likeness
 from models.shapes.judge import ShapesJudge
 from models.shapes.shapes import parse_caption, render
 
 CAPTIONS = ["a large red circle on a white background", "a small blue star on a black background"]
-PLAIN = Score(Case("plain", "baseline", 25), 50, 12_900_000_000, 1.0, 0.5, 1.0, None, None, None, None)
+PLAIN = Score(
+    Case("plain", "baseline", 25, scheduler="ddim"),
+    25, 50, 12_900_000_000, 1.0, 0.5, 1.0, None, Likeness(39.21, 0.5, 0.9912), None, None,
+)  # fmt: skip
 CACHED = Score(
-    Case("deepcache:interval=2", "accelerated", 24, (DeepCache(interval=2),)),
-    48, 7_456_000_000, 1.734, 0.25, 1.384, 46.12, 0.9971, {"colours": 0.5, "all": 0.9219}, 97.004,
+    Case("deepcache:interval=2", "accelerated", 24, (DeepCache(interval=2),), scheduler="ddim"),
+    24, 48, 7_456_000_000, 1.734, 0.25, 1.384, Likeness(46.12, 0.4, 0.9971), Likeness(38.04, 0.3, 0.9884),
+    {"colours": 0.5, "all": 0.9219}, 97.004,
 )  # fmt: skip
 CONTROL = Score(
-    Case("14 plain steps", "same_macs", 14, guidance_scale=3.5, of="deepcache:interval=2"),
-    28, 7_220_000_000, 1.786, 0.3, 1.428, 44.44, 0.9012, {"colours": 0.75, "all": 0.25}, 95.826,
+    Case("14 plain steps of unipc", "best_solver", 14, of="deepcache:interval=2", scheduler="unipc"),
+    14, 28, 7_220_000_000, 1.786, 0.3, 1.428, Likeness(44.44, 0.6, 0.9012), Likeness(47.48, None, 0.9993),
+    {"colours": 0.75, "all": 0.25}, 95.826,
 )  # fmt: skip
 SCORES = [PLAIN, CACHED, CONTROL]
 COLOURS = ["red", "lime", "blue"]
@@ -38,29 +44,35 @@ def judge() -> ShapesJudge:
 
 def evaluation() -> Evaluation:
     samples = [[Image.new("RGB", (64, 64), colour), Image.new("RGB", (96, 96), "yellow")] for colour in COLOURS]
-    return Evaluation("shapes", 7, CAPTIONS, "cpu", "float32", SCORES, samples)
+    return Evaluation("shapes", 7, CAPTIONS, "cpu", "float32", "ddim", 200, SCORES, samples)
 
 
 def test_every_figure_stands_in_its_column() -> None:
     head, _, *lines = report.table(evaluation()).splitlines()
-    assert head == "| run | steps | rows | GMACs | fewer MACs | wall | PSNR | SSIM | alignment | Fréchet |"
+    names = "run | steps | evaluations | GMACs | fewer MACs | wall | PSNR to plain | SSIM | PSNR to converged | SSIM"
+    assert head == f"| {names} | alignment | Fréchet |"
+    cached = "1.73x | 1.38x | 46.1 | 0.997 | 38.0 | 0.988 | 92.2% | 97.00 |"
+    control = "1.79x | 1.43x | 44.4 | 0.901 | 47.5 | 0.999 | 25.0% | 95.83 |"
     assert lines == [
-        "| plain | 25 | 50 | 12.9 | 1.00x | 1.00x | – | – | – | – |",
-        "| `deepcache:interval=2` | 24 | 48 | 7.46 | 1.73x | 1.38x | 46.1 | 0.997 | 92.2% | 97.00 |",
-        "| ↳ *14 plain steps* | 14 | 28 | 7.22 | 1.79x | 1.43x | 44.4 | 0.901 | 25.0% | 95.83 |",
+        "| plain | 25 | 25 | 12.9 | 1.00x | 1.00x | – | – | 39.2 | 0.991 | – | – |",
+        f"| `deepcache:interval=2` | 24 | 24 | 7.46 | {cached}",
+        f"| ↳ *14 plain steps of unipc* | 14 | 14 | 7.22 | {control}",
     ]
 
 
 def test_json_has_every_figure_under_its_name() -> None:
     found = report.as_json(evaluation())
     runs = found.pop("runs")
-    assert found == {"model": "shapes", "pictures": 7, "device": "cpu", "dtype": "float32"}
+    solver = {"scheduler": "ddim", "converged_steps": 200}
+    assert found == {"model": "shapes", "pictures": 7, "device": "cpu", "dtype": "float32", **solver}
     for run, score in zip(runs, SCORES, strict=True):
-        names = ("rows", "macs", "mac_ratio", "seconds", "speedup", "psnr", "ssim", "alignment", "frechet")
+        names = ("evaluations", "rows", "macs", "mac_ratio", "seconds", "speedup", "alignment", "frechet")
         assert {name: run[name] for name in names} == {name: getattr(score, name) for name in names}
         assert (run["label"], run["kind"], run["control_of"]) == (score.case.label, score.case.kind, score.case.of)
         assert run["num_inference_steps"] == score.case.num_inference_steps
-        assert run["guidance_scale"] == score.case.guidance_scale
+        assert (run["guidance_scale"], run["scheduler"]) == (score.case.guidance_scale, score.case.scheduler)
+    assert [run["to_plain"] for run in runs[:2]] == [None, {"psnr": 46.12, "psnr_error": 0.4, "ssim": 0.9971}]
+    assert runs[2]["to_converged"] == {"psnr": 47.48, "psnr_error": None, "ssim": 0.9993}
     assert [[one["mode"] for one in run["acceleration"]] for run in runs] == [[], ["deepcache"], []]
 
 
@@ -90,6 +102,15 @@ def test_psnr_and_ssim_by_their_formulas() -> None:
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     index = (2 * mx * my + c1) * (2 * shared + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
     assert metrics.ssim(one, other) == pytest.approx(index.mean(), rel=1e-6)
+
+
+def test_likeness_is_a_mean_with_its_standard_error() -> None:
+    grey, darker, black = (Image.new("RGB", (8, 8), (level, level, level)) for level in (100, 90, 80))
+    found = metrics.Likeness.of([grey, grey], [darker, black])
+    apart = [metrics.psnr(grey, darker), metrics.psnr(grey, black)]
+    assert found.psnr == pytest.approx(sum(apart) / 2)
+    assert found.psnr_error == pytest.approx((apart[0] - apart[1]) / 2)  # |a - b| / √2 / √2
+    assert metrics.Likeness.of([grey], [darker]).psnr_error is None
 
 
 def test_likeness_is_never_more_than_a_hundred_decibels() -> None:
