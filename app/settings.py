@@ -29,6 +29,7 @@ class Settings(BaseSettings):
     )
     adapter: Names = Field((), description="Guidance students, MODEL=PATH each, known by the path's last part.")
     plan: Names = Field((), description="DiTFastAttn plans, MODEL=PATH each, known by the file's name.")
+    profile: Names = Field((), description="Measured profiles, MODEL=PATH each, known by the file's name.")
     config: Names = Field(
         (), description="Configs of single files, MODEL=DIRECTORY each: one in diffusers' layout, of the same family."
     )
@@ -79,7 +80,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity logged.")
     log_file: Path | None = Field(None, description="Log into this file instead of standard error.")
 
-    @field_validator("model", "adapter", "plan", "config", "depth", "api_keys", "cors_origins", mode="before")
+    @field_validator(
+        "model", "adapter", "plan", "profile", "config", "depth", "api_keys", "cors_origins", mode="before"
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         """Comma separated, as in the environment; a list, as from repeated flags, is taken as it is."""
@@ -97,6 +100,7 @@ class Settings(BaseSettings):
         for field, values, kind in (
             ("adapter", self.adapter, "PATH"),
             ("plan", self.plan, "PATH"),
+            ("profile", self.profile, "PATH"),
             ("config", self.config, "DIRECTORY"),
             ("depth", self.depth, "BLOCKS"),
         ):
@@ -117,8 +121,8 @@ class Settings(BaseSettings):
         pairs = dict(value.split("=", 1) for value in self.config)
         return Path(pairs[model]) if model in pairs else None
 
-    def files(self, field: Literal["adapter", "plan"], model: str) -> dict[str, Path]:
-        """The adapters or plans given for one model, by name."""
-        suffix = {"adapter": ".safetensors", "plan": ".json"}[field]
+    def files(self, field: Literal["adapter", "plan", "profile"], model: str) -> dict[str, Path]:
+        """The adapters, plans or profiles given for one model, by name."""
+        suffix = {"adapter": ".safetensors", "plan": ".json", "profile": ".json"}[field]
         pairs = (value.partition("=")[::2] for value in getattr(self, field))
         return {Path(path).name.removesuffix(suffix): Path(path) for name, path in pairs if name == model}

@@ -5,6 +5,7 @@ from models.costs.macs import MacReport, macs
 from models.denoise import advance
 from models.generate import generate
 from models.loading import load
+from models.profiles import Profile
 from models.request import Request, Result
 from models.search.attention_plan import Plan
 from models.search.attention_search import search_plan
@@ -14,6 +15,7 @@ __all__ = [
     "Backbone",
     "MacReport",
     "Plan",
+    "Profile",
     "Request",
     "Result",
     "advance",

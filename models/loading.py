@@ -24,6 +24,8 @@ from models.errors import ModelLoadError
 from models.families import Family, Parts, of_pipeline
 from models.networks.base import Network
 from models.networks.unet import UNet, truncate
+from models.profiles import Profile
+from models.profiles.files import load_profile
 from models.search.attention_plan import Plan
 from models.solvers.names import default_name, supported
 from models.spec import ModelSpec, short_name
@@ -39,6 +41,7 @@ def load(
     depth: int | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     plans: Mapping[str, str | Path | Plan] | None = None,
+    profiles: Mapping[str, str | Path | Profile] | None = None,
     config: str | Path | None = None,
     compile: bool = False,
     stepping: Stepping | Literal["auto"] = "auto",
@@ -47,7 +50,7 @@ def load(
 
     `depth` loads only the first input blocks of a U-Net and their output blocks (depth-skip as a load option): what
     lies deeper never reaches memory, and students beside the model, distilled from all of it, stay where they are.
-    `adapters` and `plans` add to those found beside the model, by name.
+    `adapters`, `plans` and `profiles` add to those found beside the model, by name.
     `stepping`: `exact` lets diffusers' schedulers take their own steps, bit for bit its pipelines; `batched` steps all
     trajectories of a tick together, latents in float32; `auto` is exact on a CPU in float32 and above, else batched.
     `config`, for a single file: a directory in diffusers' layout with the configs and tokenizers of its family.
@@ -79,10 +82,12 @@ def load(
     students = {**(_found(source.directory, "adapters") if depth is None else {}), **(adapters or {})}
     loras = {n: load_lora(p, module, digest, n) for n, p in students.items()}
     files = {**_found(source.directory, "plans", ".json"), **(plans or {})}
+    measured = {**_found(source.directory, "profiles", ".json"), **(profiles or {})}
     how: Stepping = stepping if stepping != "auto" else auto_stepping(device, dtype)
     spec = _spec(short_name(name), family, digest, network, pipeline, extras, dtype, how).with_extras(
         {n: lora.info for n, lora in loras.items()},
         {n: p if isinstance(p, Plan) else Plan.load(p) for n, p in files.items()},
+        {n: p if isinstance(p, Profile) else load_profile(p, digest, n) for n, p in measured.items()},
     )
     text_tokens = extras.get("max_sequence_length") or family.text_tokens(pipeline)
     parts = Parts(pipeline, module.config, device, dtype, text_tokens)

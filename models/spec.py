@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
+from models.profiles.profile import Profile, nearest
 from models.reuse.sites import Sites
 
 if TYPE_CHECKING:
@@ -68,10 +69,18 @@ class ModelSpec:
     prompt_grammar: Mapping[str, Any] | None = None
     adapters: Mapping[str, AdapterInfo] = field(default_factory=dict)
     plans: Mapping[str, Plan] = field(default_factory=dict)
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
 
-    def with_extras(self, adapters: Mapping[str, AdapterInfo], plans: Mapping[str, Plan]) -> ModelSpec:
-        """The same model with adapters and plans registered."""
-        return replace(self, adapters=dict(adapters), plans=dict(plans))
+    def with_extras(
+        self, adapters: Mapping[str, AdapterInfo], plans: Mapping[str, Plan], profiles: Mapping[str, Profile] = {}
+    ) -> ModelSpec:
+        """The same model with adapters, plans and profiles registered."""
+        return replace(self, adapters=dict(adapters), plans=dict(plans), profiles=dict(profiles))
+
+    def profile(self, scheduler: str, num_inference_steps: int, width: int, height: int) -> Profile | None:
+        """The profile measured for such a run, or else closest to it under the same scheduler (`Profile.differences`
+        says how far); None without one."""
+        return nearest(tuple(self.profiles.values()), scheduler, num_inference_steps, width, height)
 
     @property
     def asks_for_embeddings(self) -> bool:

@@ -62,6 +62,7 @@ def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
         dtype=settings.dtype,
         adapters=settings.files("adapter", short),
         plans=settings.files("plan", short),
+        profiles=settings.files("profile", short),
         config=settings.config_of(short),
         depth=settings.blocks(short),
         stepping=settings.stepping,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
 
 from models.accelerators.base import Accelerator
 from models.accelerators.cfg_student import CfgStudent
@@ -13,7 +16,7 @@ from models.accelerators.ditfastattn import DiTFastAttn
 from models.accelerators.forecast import Forecast
 from models.accelerators.none import NoAcceleration
 from models.accelerators.selective_guidance import SelectiveGuidance
-from models.errors import AcceleratorConflict, WrongBackbone
+from models.errors import AcceleratorConflict, RequestError, WrongBackbone
 from models.spec import ModelSpec, RunSpec
 
 REGISTRY: dict[str, type[Accelerator]] = {
@@ -26,6 +29,19 @@ REGISTRY: dict[str, type[Accelerator]] = {
     "selective_guidance": SelectiveGuidance,
     "forecast": Forecast,
 }
+
+
+def from_mode(mode: Mapping[str, Any]) -> Accelerator:
+    """The accelerator of a mode object, as a profile or a file holds it. Raises a `RequestError` where it is none."""
+    accelerator = REGISTRY.get(str(mode.get("mode")))
+    if accelerator is None:
+        raise RequestError("acceleration.mode", f"{mode.get('mode')!r} is not one of {', '.join(REGISTRY)}")
+    try:
+        return accelerator.model_validate(dict(mode))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(["acceleration", *(str(part) for part in first["loc"])])
+        raise RequestError(field, f"{accelerator.__name__}: {first['msg']}") from None
 
 
 def bind(accelerators: Sequence[Accelerator], model: ModelSpec, run: RunSpec) -> tuple[Accelerator, ...]:
@@ -61,4 +77,5 @@ __all__ = [
     "NoAcceleration",
     "SelectiveGuidance",
     "bind",
+    "from_mode",
 ]

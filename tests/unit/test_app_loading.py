@@ -261,6 +261,7 @@ def test_every_model_gets_its_own_files(calls: list[tuple[str, dict[str, Any]]])
         "org/two",
         adapter=("one=/a/first", "two=/a/second"),
         plan=("two=/p/D3.json", "one=/p/D1.json", "one=/p/D2.json"),
+        profile=("two=/q/mine.json",),
         config=("two=/c/two",),
         depth=("two=4",),
         compile=True,
@@ -277,9 +278,11 @@ def test_every_model_gets_its_own_files(calls: list[tuple[str, dict[str, Any]]])
     one: dict[str, Any] = {
         "adapters": {"first": Path("/a/first")},
         "plans": {n: Path(f"/p/{n}.json") for n in ("D1", "D2")},
+        "profiles": {},
     }
     one |= {"config": None, "depth": None}
     two: dict[str, Any] = {"adapters": {"second": Path("/a/second")}, "plans": {"D3": Path("/p/D3.json")}}
+    two |= {"profiles": {"mine": Path("/q/mine.json")}}
     two |= {"config": Path("/c/two"), "depth": 4}
     assert calls == [("/models/one", one | common), ("org/two", two | common)]
     names = [metrics.registry.get_sample_value("slipstream_model_load_duration_seconds", {"model": n}) for n in caps]

@@ -83,6 +83,7 @@ DEFAULTS: dict[str, Any] = {
     "model": ("shapes-sd", "shapes-dit"),
     "adapter": (),
     "plan": (),
+    "profile": (),
     "depth": (),
     "host": "127.0.0.1",
     "port": 8000,
@@ -163,6 +164,7 @@ def test_every_bound_from_both_sides(
         {"adapter": ("shapes-sd=",)},
         {"adapter": ("=x",)},
         {"plan": ("other=x.json",)},
+        {"profile": ("other=x.json",)},
         {"depth": ("shapes-sd=-1",)},
         {"depth": ("other=1",)},
         {"depth": ("shapes-sd=",)},
@@ -180,12 +182,14 @@ def test_repeated_values_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("SLIPSTREAM_MODEL", " a ,, b,")
     monkeypatch.setenv("SLIPSTREAM_ADAPTER", "a=/x, b=/y")
     monkeypatch.setenv("SLIPSTREAM_PLAN", "b=/p.json")
+    monkeypatch.setenv("SLIPSTREAM_PROFILE", "b=/q.json,a=/r.json")
     monkeypatch.setenv("SLIPSTREAM_DEPTH", "b=3")
     monkeypatch.setenv("SLIPSTREAM_CORS_ORIGINS", "http://one, http://two")
     settings = Settings()
     assert settings.model == ("a", "b")
     assert settings.adapter == ("a=/x", "b=/y")
     assert (settings.plan, settings.depth) == (("b=/p.json",), ("b=3",))
+    assert settings.profile == ("b=/q.json", "a=/r.json")
     assert settings.cors_origins == ("http://one", "http://two")
     assert (settings.blocks("a"), settings.blocks("b")) == (None, 3)
 
