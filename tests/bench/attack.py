@@ -96,13 +96,13 @@ class Client:
         self.status = 0
         self.text = ""
         self.failure: Exception | None = None
-        self._ask = lambda: httpx.post(f"{url}/generate", json=body, timeout=timeout)
+        self._url, self._body, self._timeout = f"{url}/generate", body, timeout
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            answer = self._ask()
+            answer = httpx.post(self._url, json=self._body, timeout=self._timeout)
         except Exception as error:
             self.failure = error
         else:
