@@ -6,8 +6,9 @@ import base64
 import binascii
 import io
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from app.errors import Impossible
@@ -28,20 +29,53 @@ def decode_base64(text: str) -> bytes:
         raise Impossible("image: is not valid base64", param="image") from error
 
 
-def read(data: bytes, max_pixels: int) -> Image.Image:
-    """An uploaded PNG, JPEG or WebP as an RGB picture, upright; its size is checked before a pixel is decoded."""
+class Upload(NamedTuple):
+    """An uploaded picture: RGB, and where it was transparent its opacity (mode L, 255 opaque), for use as a mask."""
+
+    picture: Image.Image
+    alpha: Image.Image | None
+
+
+def read(data: bytes, max_pixels: int) -> Upload:
+    """An uploaded PNG, JPEG or WebP as RGB, upright; its size is checked before a pixel is decoded."""
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = picture.size
         if width * height > max_pixels:
             raise Impossible(f"image: {width}x{height} is more than {max_pixels} pixels", param="image")
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        return flatten(ImageOps.exif_transpose(picture))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Impossible(f"image: is more than {max_pixels} pixels", param="image") from error
     except UnidentifiedImageError as error:
         raise Impossible("image: is no PNG, JPEG or WebP", param="image") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise Impossible("image: is damaged", param="image") from error
+
+
+def flatten(picture: Image.Image) -> Upload:
+    """Any mode as RGB: 16 bits become the nearest 8, transparent pixels lie on white."""
+    if picture.mode.startswith("I"):  # 16-bit grey; Pillow would cut it off at 255
+        return _flatten_grey(picture)
+    if not picture.has_transparency_data:
+        return Upload(picture.convert("RGB"), None)
+    layered = picture.convert("RGBA")
+    alpha = layered.getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return Upload(layered.convert("RGB"), None)
+    white = Image.new("RGBA", picture.size, "white")
+    return Upload(Image.alpha_composite(white, layered).convert("RGB"), alpha)
+
+
+def _flatten_grey(picture: Image.Image) -> Upload:
+    """16-bit grey [height, width], of which one level may stand for transparent."""
+    levels = np.asarray(picture).astype(np.uint32)
+    grey = ((levels * 255 + 32767) // 65535).astype(np.uint8)
+    clear = picture.info.get("transparency")
+    if clear is None:
+        return Upload(Image.fromarray(grey).convert("RGB"), None)
+    opaque = levels != clear
+    alpha = None if opaque.all() else Image.fromarray(opaque.astype(np.uint8) * np.uint8(255))
+    return Upload(Image.fromarray(np.where(opaque, grey, np.uint8(255))).convert("RGB"), alpha)
 
 
 def encode(picture: Image.Image, output_format: OutputFormat, facts: dict[str, Any], seed: int) -> bytes:

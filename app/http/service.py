@@ -131,7 +131,7 @@ class Service:
             seed=random.getrandbits(32) if asked.seed is None else asked.seed,
             num_images=asked.num_images,
             scheduler=asked.scheduler,
-            image=None if data is None else read(data, self.settings.max_image_pixels),
+            image=None if data is None else read(data, self.settings.max_image_pixels).picture,
             strength=asked.strength,
             timestep_warp=asked.timestep_warp,
             acceleration=asked.accelerators,

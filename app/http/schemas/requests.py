@@ -90,7 +90,9 @@ class GenerationFields(BaseModel):
     seed: Seed | None = Field(None, description="Image i is drawn from seed + i; default a random seed.")
     num_images: int = Field(1, ge=1, le=1000, description="How many images.")
     scheduler: Text | None = Field(None, description=f"Noise scheduler: {', '.join(SCHEDULERS)}.")
-    image: Text | None = Field(None, description="Base64 PNG, JPEG or WebP: makes it image-to-image.")
+    image: Text | None = Field(
+        None, description="Base64 PNG, JPEG or WebP: makes it image-to-image. Transparency lies on white."
+    )
     strength: float = Field(0.8, ge=0, le=1, description="Image-to-image: share of the steps that is run.")
     timestep_warp: float = Field(1.0, ge=0.05, le=20, description="Spacing of the time steps; below 1 leans noisy.")
     acceleration: Acceleration | None = Field(None, description="One accelerator, or a list of them, composed.")
