@@ -83,6 +83,8 @@ class Metrics:
         self.weight_bytes = gauge("model_weight_bytes", "Weights on the device.", "model", "part")
         self.load_seconds = gauge("model_load_duration_seconds", "Time to load a model.", "model")
         self.ready = gauge("ready", "1 where new work is taken.")
+        self.jobs = gauge("jobs", "Jobs in the store.", "status")
+        self.recovered = counter("jobs_recovered_total", "Jobs taken up again that a server had left unfinished.")
         self.build = Info("slipstream_build", "What is running.", registry=registry)
         registry.register(_DeviceCollector())
         for collector in (ProcessCollector, PlatformCollector, GCCollector):

@@ -76,6 +76,25 @@ class Settings(BaseSettings):
     deadline_seconds: float = Field(600.0, gt=0, le=86_400, description="Longest a request may take.")
     drain_seconds: float = Field(60.0, ge=0, le=86_400, description="Longest wait for accepted requests on SIGTERM.")
 
+    data_dir: Path | None = Field(
+        None, description="Directory of the store of jobs, files and batches (SQLite); none: there is no store."
+    )
+    jobs_url: SecretStr | None = Field(
+        None, description="postgresql+psycopg://... in place of SQLite: several servers share its jobs."
+    )
+    jobs_in_flight: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
+        "auto", description="Jobs of the store in the engine at once; auto: as many as there are rows a tick."
+    )
+    job_lease_seconds: float = Field(
+        30.0, ge=1, le=3600, description="Shared store: seconds after which jobs of a silent server are taken over."
+    )
+    max_jobs: int = Field(100_000, ge=1, description="Jobs that may wait in the store.")
+    keep_days: float = Field(7.0, gt=0, le=3650, description="Days that finished jobs and files of batches are kept.")
+    keep_jobs: int = Field(100_000, ge=0, description="Finished jobs that are kept.")
+    store_bytes: int = Field(
+        20 * 2**30, ge=2**20, description="Bytes of uploads, pictures and files that the store keeps."
+    )
+
     log_format: Literal["auto", "json", "human"] = Field("auto", description="auto: human on a terminal, else json.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity logged.")
     log_file: Path | None = Field(None, description="Log into this file instead of standard error.")

@@ -15,6 +15,7 @@ from models.adapters.lora import Lora
 from models.costs.counter import MacCounter
 from models.families.base import Family, Parts
 from models.families.vae import posterior
+from models.fingerprint import fingerprint
 from models.networks.base import Network
 from models.request import Run
 from models.reuse.plans import Role
@@ -119,6 +120,17 @@ class Backbone:
     def adapter_bytes(self) -> int:
         """Bytes that the adapters add."""
         return sum(lora.nbytes for lora in self.loras.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells one model's weights from another's: network, text encoders and VAE."""
+        modules = (self.network.module, *self.parts.encoders(), self.parts.vae)
+        return fingerprint(named for module in modules for named in module.state_dict().items())
+
+    def adapter_digest(self, name: str) -> str:
+        """Tells one adapter's weights from another's."""
+        terms = self.loras[name].terms
+        return fingerprint((f"{key} {i}", t) for key in sorted(terms) for i, t in enumerate(terms[key].tensors))
 
     @property
     def prompt_cache_bytes(self) -> int:

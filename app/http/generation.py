@@ -79,12 +79,12 @@ class Generation:
             pass
         return await self.body()
 
-    async def result_bytes(self) -> tuple[GenerationBody, bytes]:
-        """Wait for the image, and encode it as it is."""
+    async def result_files(self) -> tuple[GenerationBody, list[bytes]]:
+        """Wait for the images, and encode them as they are; the answer then has none."""
         async for _ in self.events():
             pass
         files = await self.files()
-        return await self._body([]), files[0]
+        return await self._body([]), files
 
     async def body(self) -> GenerationBody:
         """The answer of a finished generation."""

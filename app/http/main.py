@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import torch
 from fastapi import FastAPI
@@ -20,10 +21,14 @@ from app.engine.pace import Pace
 from app.http import problems
 from app.http.middleware import Authorize, LimitBody, Observe
 from app.http.routes import docs, generate, info, openai
+from app.http.routes import jobs as jobs_routes
 from app.http.service import Service
 from app.metrics import Metrics
 from app.settings import Settings
 from models.backbone import Backbone
+
+if TYPE_CHECKING:
+    from app.jobs.service import JobService
 
 DESCRIPTION = "Diffusion inference where each request chooses its own acceleration and all share one batch."
 ALWAYS_OPEN = ("/health/", "/", "/web/")
@@ -38,13 +43,21 @@ def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbon
     engine = Engine(_loader(settings, metrics, backbones), settings, metrics)
     service = Service(settings, engine, metrics)
 
+    jobs = _store(settings, service)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        yield
-        engine.drain()
-        engine.close()
-        service.close()
+        if jobs is not None:
+            await jobs.start()
+        try:
+            yield
+        finally:
+            engine.drain()
+            if jobs is not None:
+                await jobs.stop()
+            engine.close()
+            service.close()
 
     app = FastAPI(
         title="Slipstream",
@@ -57,9 +70,10 @@ def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbon
         redoc_url=None,
     )
     app.state.settings, app.state.metrics, app.state.engine, app.state.service = settings, metrics, engine, service
+    app.state.jobs = jobs
     app.state.created = time.time()
     problems.install(app)
-    for module in (generate, openai, info, docs):
+    for module in (generate, jobs_routes, openai, info, docs):
         app.include_router(module.router)
     app.mount("/docs-assets", docs.ASSETS, name="docs-assets")
     app.mount("/web", StaticFiles(directory=info.WEB), name="web")
@@ -72,6 +86,15 @@ def distribution_version() -> str:
         return version("slipstream-diffusion")
     except PackageNotFoundError:
         return "0"
+
+
+def _store(settings: Settings, service: Service) -> JobService | None:
+    """The store of jobs where one is asked for; nothing of it is imported otherwise."""
+    if settings.data_dir is None and settings.jobs_url is None:
+        return None
+    from app.jobs.service import JobService
+
+    return JobService(settings, service)
 
 
 def _loader(settings: Settings, metrics: Metrics, backbones: Mapping[str, Backbone] | None) -> Callable[[Pace], Loaded]:
@@ -89,7 +112,7 @@ def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(settings.cors_origins),
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
                 expose_headers=exposed,
             )

@@ -7,7 +7,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -36,6 +36,16 @@ CLERKS = 2
 Each computes alone: with a second team of OpenMP threads in the process, GCC's runtime takes the cores for
 oversubscribed, puts waiting threads to sleep at once, and a step on the engine's thread takes twice as long.
 """
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that is possible: its model, its run, and the digest of its picture."""
+
+    model: str
+    backbone: Backbone
+    run: Run
+    digest: str | None
 
 
 class Service:
@@ -67,13 +77,8 @@ class Service:
         """Check a request, resolve it and hand it to the engine. Raises what the client is to be told."""
         began, loop = self.engine.clock(), asyncio.get_running_loop()
         try:
-            self.engine.check()
-            name = asked.model if asked.model is not None else next(iter(self.engine.backbones))
-            backbone = self.backbone(name)
-            record.model = name
-            record.acceleration = acceleration_label(asked.accelerators)
-            self.limit(asked)
-            run, digest = await self.clerk(self._resolve, backbone, asked, picture)
+            prepared = await self.prepare(asked, record, picture)
+            run, name = prepared.run, prepared.model
             mailbox = Mailbox(loop)
             job = Job(
                 id=f"gen-{record.request_id}",
@@ -89,9 +94,20 @@ class Service:
             if error.outcome == "rejected":
                 self.metrics.rejected.labels(error.code).inc()
             raise
-        costs = loop.run_in_executor(self._clerks, self._usage, backbone, run)
+        costs = loop.run_in_executor(self._clerks, self._usage, prepared.backbone, run)
         seconds = asked.timeout_seconds or self.settings.deadline_seconds
-        return Generation(self, job, mailbox, asked, record, began, loop.time() + seconds, costs, digest)
+        return Generation(self, job, mailbox, asked, record, began, loop.time() + seconds, costs, prepared.digest)
+
+    async def prepare(self, asked: GenerationRequest, record: Record, picture: bytes | None = None) -> Prepared:
+        """Check a request and resolve it, where the engine takes work. Raises what the client is to be told."""
+        self.engine.check()
+        name = asked.model if asked.model is not None else next(iter(self.engine.backbones))
+        backbone = self.backbone(name)
+        record.model = name
+        record.acceleration = acceleration_label(asked.accelerators)
+        self.limit(asked)
+        run, digest = await self.clerk(self._resolve, backbone, asked, picture)
+        return Prepared(name, backbone, run, digest)
 
     def limit(self, asked: GenerationRequest) -> None:
         """Hold a request against the settings. Raises `Impossible` with the field and the limit."""

@@ -80,7 +80,7 @@ async def as_json(generation: Generation) -> Response:
 
 async def as_image(generation: Generation) -> Response:
     """The one image as bytes, its facts as headers."""
-    body, data = await generation.result_bytes()
+    body, [data] = await generation.result_files()
     facts: dict[str, Any] = {"id": body.id, "created": body.created, "model": body.model}
     facts |= {"seed": generation.job.run.seeds[0], "width": body.width, "height": body.height}
     facts |= {"output_format": body.output_format, **body.usage.model_dump(), **body.timing.model_dump()}

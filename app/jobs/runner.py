@@ -1,0 +1,296 @@
+"""Runs the jobs of the store in the same engine as live requests, behind them; on the loop, the store off it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from app.engine.job import Progress
+from app.errors import (
+    ClientGone,
+    EngineDead,
+    ModelChanged,
+    QueueFull,
+    ServiceError,
+    StoreFull,
+    StoreUnavailable,
+    Unavailable,
+)
+from app.http.problems import translate
+from app.http.record import Record
+from app.http.schemas.requests import GenerationRequest
+from app.jobs.queue import Claimed, Jobs
+from app.jobs.retention import Retention
+from app.jobs.store import Row
+from app.logs import SERVER
+
+if TYPE_CHECKING:
+    from app.http.service import Service
+
+LOOK_SECONDS = 0.5
+"""How often a server looks for work that others accepted."""
+BEAT_SECONDS = 2.0
+"""How often leases are renewed and progress is noted, at least."""
+SWEEP_SECONDS = 10.0
+RETRY_SECONDS = 2.0
+"""How long to wait for a store that is full or cannot be reached."""
+STOP_SECONDS = 20.0
+PICTURE = "image"
+"""The name of a job's upload in the store."""
+
+
+@dataclass(eq=False)
+class Running:
+    """One job that this server runs."""
+
+    row: Row
+    suspect: bool
+    task: asyncio.Task[None] | None = None
+    step: int = 0
+    total: int = 0
+    cancelled: bool = False
+    ended: bool = False
+
+
+@dataclass(eq=False)
+class Runner:
+    """Claims jobs while there is room for them, and sees each to its end."""
+
+    jobs: Jobs
+    service: Service
+    retention: Retention
+    running: dict[str, Running] = field(default_factory=dict)
+    stopping: bool = False
+    _woken: asyncio.Event = field(default_factory=asyncio.Event)
+    _watchers: dict[str, set[asyncio.Event]] = field(default_factory=dict)
+    _loops: list[asyncio.Task[None]] = field(default_factory=list)
+
+    # From the routes
+
+    def wake(self) -> None:
+        """There is something to claim."""
+        self._woken.set()
+
+    def progress(self, job_id: str) -> tuple[int, int] | None:
+        """(step, total) of a job that this server runs."""
+        running = self.running.get(job_id)
+        return None if running is None or not running.total else (running.step, running.total)
+
+    def stop_job(self, job_id: str) -> None:
+        """A running job was cancelled; where it runs here it need not wait to be told by the store."""
+        running = self.running.get(job_id)
+        if running is not None and running.task is not None and not running.ended:
+            running.cancelled = True
+            running.task.cancel()
+
+    async def changed(self, job_id: str, seconds: float) -> None:
+        """Wait until something happens to a job here, or so long."""
+        event = asyncio.Event()
+        self._watchers.setdefault(job_id, set()).add(event)
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(event.wait(), seconds)
+        finally:
+            self._watchers[job_id].discard(event)
+            if not self._watchers[job_id]:
+                del self._watchers[job_id]
+
+    def _tell(self, job_id: str) -> None:
+        for event in self._watchers.get(job_id, ()):
+            event.set()
+
+    # Life
+
+    async def start(self) -> None:
+        """Take up what a process left behind, then go on until `stop`."""
+        store = self.jobs.store
+        if not store.shared:
+            recovered = await store.call(self.jobs.recover)
+            self.service.metrics.recovered.inc(recovered)
+            swept = await store.call(store.sweep)
+            if recovered or swept:
+                SERVER.info("the store: %d jobs run again, %d halves of files removed", recovered, swept)
+        await store.call(store.count_bytes)
+        for work, seconds in (
+            (self._claim, LOOK_SECONDS),
+            (self._beat, self._beat_seconds),
+            (self._sweep, SWEEP_SECONDS),
+        ):
+            self._loops.append(asyncio.create_task(self._again(work, seconds)))
+
+    async def stop(self) -> None:
+        """Claim no more, see what runs to its end (the engine ends it), and give back what has none."""
+        self.stopping = True
+        for loop in self._loops:
+            loop.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        tasks = [running.task for running in self.running.values() if running.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=STOP_SECONDS)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _again(self, work: Callable[[], Awaitable[None]], seconds: float) -> None:
+        """Do something over and over; a store that fails is tried again later, and said so once."""
+        failing = False
+        while True:
+            try:
+                await work()
+                failing = False
+            except Exception as error:
+                if not failing:
+                    SERVER.error("the store: %s", error, exc_info=None if isinstance(error, ServiceError) else error)
+                failing = True
+                await asyncio.sleep(RETRY_SECONDS)
+            self._woken.clear()
+            if work == self._claim:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._woken.wait(), seconds)
+            else:
+                await asyncio.sleep(seconds)
+
+    @property
+    def _beat_seconds(self) -> float:
+        return min(BEAT_SECONDS, self.jobs.lease / 5)
+
+    # The loops
+
+    @property
+    def room(self) -> int:
+        """How many more jobs may go to the engine: fewer, the more live requests there are; one always."""
+        engine, asked = self.service.engine, self.service.settings.jobs_in_flight
+        if not engine.ready or self.stopping or any(running.suspect for running in self.running.values()):
+            return 0
+        most = max(engine.max_rows.values(), default=1) if asked == "auto" else asked
+        live = max(0, engine.jobs - len(self.running))
+        return max(1, most - live) - len(self.running)
+
+    async def _claim(self) -> None:
+        while (room := self.room) > 0:
+            alone = not self.running
+            claimed, struck, recovered = await self.jobs.store.call(self.jobs.claim, room, alone)
+            self.service.metrics.recovered.inc(recovered)
+            for row in struck:
+                SERVER.error("job %s is failed: the process ended three times while it ran", row["id"])
+                self._tell(row["id"])
+            for job in claimed:
+                self._begin(job)
+            if not (claimed or struck):
+                return
+
+    async def _beat(self) -> None:
+        progress = {job_id: (running.step, running.total) for job_id, running in self.running.items()}
+        if progress:
+            for job_id in await self.jobs.store.call(self.jobs.renew, progress):
+                self.stop_job(job_id)
+
+    async def _sweep(self) -> None:
+        store = self.jobs.store
+        await store.call(self.retention.apply, store)
+        for status, count in (await store.call(self.jobs.counts)).items():
+            self.service.metrics.jobs.labels(status).set(count)
+
+    # One job
+
+    def _begin(self, claimed: Claimed) -> None:
+        job_id = claimed.row["id"]
+        running = self.running[job_id] = Running(claimed.row, claimed.suspect)
+        running.task = asyncio.create_task(self._see_through(running))
+
+    async def _see_through(self, running: Running) -> None:
+        """Run a job, and write down how it ended."""
+        job_id = running.row["id"]
+        self._tell(job_id)
+        try:
+            try:
+                ended = await self._run(running)
+            except asyncio.CancelledError:
+                ended = partial(self.jobs.stopped, job_id) if running.cancelled else self._give_back(job_id)
+            running.ended = True
+            if ended is not None:
+                await self._write(ended)
+        finally:
+            self.running.pop(job_id, None)
+            self._tell(job_id)
+            self.wake()
+
+    async def _run(self, running: Running) -> Callable[[], object] | None:
+        """Run a job as a live request is run; what to write into the store then. None: leave it as it is."""
+        row = running.row
+        job_id = row["id"]
+        try:
+            asked = GenerationRequest.model_validate({**row["body"], "stream": True})
+            picture = await self._picture(row)
+            await self._same_weights(row)
+            generation = await self.service.open(asked, Record(job_id), picture)
+            error: BaseException | None = ClientGone("the job was stopped")
+            try:
+                async for event in generation.events():
+                    if isinstance(event, Progress):
+                        running.step, running.total = event.step, event.total_steps
+                        self._tell(job_id)
+                body, files = await generation.result_files()
+                error = None
+            except ServiceError as raised:
+                error = raised
+                raise
+            finally:
+                generation.leave(error)
+        except EngineDead:  # the process ends now, and this job may be why
+            return None
+        except (Unavailable, QueueFull) as refused:
+            if not self.stopping:
+                await asyncio.sleep(min(RETRY_SECONDS, refused.retry_after or RETRY_SECONDS))
+            return self._give_back(job_id)
+        except Exception as raised:
+            known = translate(raised)
+            if known.status >= 500:
+                SERVER.error("job %s failed: %s", job_id, known.message, exc_info=raised)
+            return partial(self.jobs.fail, job_id, known)
+        result = body.model_dump(mode="json", by_alias=True, exclude={"id", "created", "model", "images"})
+        result["seeds"] = list(generation.job.run.seeds)
+        return partial(self.jobs.complete, job_id, result, files)
+
+    def _give_back(self, job_id: str) -> Callable[[], object]:
+        return partial(self.jobs.release, [job_id])
+
+    async def _write(self, write: Callable[[], object]) -> None:
+        """Write how a job ended. A store that is full or away is waited for: the job keeps its place until then."""
+        waiting = False
+        while True:
+            try:
+                await self.jobs.store.call(write)
+                return
+            except (StoreFull, StoreUnavailable) as error:
+                if self.stopping:
+                    return  # it runs again after the next start
+                if not waiting:
+                    SERVER.error("a finished job waits for the store: %s", error)
+                waiting = True
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _picture(self, row: Row) -> bytes | None:
+        if "image" not in row["digests"]:
+            return None
+        store = self.jobs.store
+        return await store.call(lambda: b"".join(store.read(row["id"], PICTURE)))
+
+    async def _same_weights(self, row: Row) -> None:
+        """Raise `ModelChanged` where the job's picture would be another than when it was accepted."""
+        digests = await self.service.clerk(self.digests, row["body"]["model"], row["digests"].get("adapter_name"))
+        changed = [name for name, digest in digests.items() if row["digests"].get(name) != digest]
+        if changed:
+            raise ModelChanged(f"the {changed[0]} has other weights than when the job was accepted", param=changed[0])
+
+    def digests(self, model: str, adapter: str | None) -> dict[str, str]:
+        """The digests of what a job runs on, by what it is."""
+        backbone = self.service.backbone(model)
+        found = {"model": backbone.digest}
+        if adapter is not None and adapter in backbone.loras:
+            found["adapter"] = backbone.adapter_digest(adapter)
+        return found
