@@ -48,6 +48,8 @@ WANTED = {
     "model_weight_bytes": ("gauge", "model part"),
     "model_load_duration_seconds": ("gauge", "model"),
     "ready": ("gauge", ""),
+    "jobs": ("gauge", "status"),
+    "jobs_recovered": ("counter", ""),
     "slipstream_build": ("info", ""),
 }
 
