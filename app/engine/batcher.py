@@ -1,12 +1,21 @@
-"""Decides which images form the next tick: plain data in, a list out. No torch, no asyncio, no clock."""
+"""Decides which images form the next tick: plain data in, a list out. No torch, no asyncio, no clock.
+
+The rule: *the share that was served least goes first, and in a share the image that is due first, which is when the
+share would have been served all the rows of its request since it came.* A share is a client, or a class of its work.
+
+So clients get equal numbers of rows, whatever each of them asks for; a small request passes large ones that came
+before it; and a large one is passed by no more rows than it has itself, so nobody starves. Images of equal size go in
+the order in which they came. The first of all names the group, and all in it that fit fill the tick.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from heapq import merge
-from itertools import count, islice
-from typing import Any, Generic, Protocol, TypeVar
+from bisect import bisect_left, insort
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush, merge
+from itertools import count
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 G = TypeVar("G", bound=Hashable, covariant=True)
 H = TypeVar("H", bound=Hashable)
@@ -23,85 +32,173 @@ class Item(Protocol[G]):
     def num_rows(self) -> int:
         """Rows of the coming step."""
 
+    @property
+    def work(self) -> float:
+        """Rows that its whole request has still to do when it is added."""
+
+    @property
+    def share(self) -> Hashable:
+        """Who is served with it: all of one share together get as many rows as all of another of the same weight."""
+
+    @property
+    def weight(self) -> float:
+        """How many rows of another share's one of its own counts for: a share of weight 2 gets twice the rows."""
+
 
 T = TypeVar("T", bound=Item[Any])
 
 LOOKAHEAD = 256
-"""How many waiting items of a group a tick looks at, so that its choice costs the same however long the line is."""
+"""How many waiting items of a group a tick asks to start, however long the line is."""
+AHEAD = 2
+"""Nobody begins where so many ticks' rows have begun: what small requests pass holds memory meanwhile."""
 
 
-class Line(Generic[T]):
-    """The items of one group by arrival; those that have begun are always seen, of the others the oldest."""
+class Entry(NamedTuple):
+    """An item's place in its share: it is due when the share will have been served so many rows."""
 
-    def __init__(self) -> None:
-        self.begun: dict[T, int] = {}
-        self.waiting: dict[T, int] = {}
+    due: float
+    arrival: int
+    item: Any
 
-    def __len__(self) -> int:
-        return len(self.begun) + len(self.waiting)
 
-    def seen(self) -> Iterator[T]:
-        """Oldest first."""
-        waiting = islice(self.waiting.items(), LOOKAHEAD)
-        return (item for item, _ in merge(self.begun.items(), waiting, key=lambda pair: pair[1]))
+@dataclass
+class Line:
+    """The items of one share in one group by their places: those that have begun, and those that have not."""
+
+    begun: list[Entry] = field(default_factory=list)
+    waiting: list[Entry] = field(default_factory=list)
+
+    def first(self) -> Entry:
+        """The first of all."""
+        return min((entries[0] for entries in (self.begun, self.waiting) if entries), key=_place)
+
+    def remove(self, entry: Entry) -> None:
+        """Take it out."""
+        for entries in (self.begun, self.waiting):
+            at = bisect_left(entries, _place(entry), key=_place)
+            if at < len(entries) and entries[at].item is entry.item:
+                del entries[at]
+
+
+def _place(entry: Entry) -> tuple[float, int]:
+    return entry.due, entry.arrival
+
+
+@dataclass
+class Account:
+    """What a share was served, in rows by its weight, and how many items it has."""
+
+    served: float
+    items: int = 0
 
 
 class Batcher(Generic[T, H]):
-    """Groups take turns; within a group the oldest go first, as many as fit under the group's cap of rows.
+    """Who takes part in the next tick, by the rule above, as many as fit under the group's cap of rows.
 
-    An item whose rows do not fit is passed over for smaller ones behind it. It cannot starve: what is older than it
-    finishes, and then it is first.
+    An item whose rows do not fit is passed over for others; its share is not served, so that it comes first soon.
+    A share that comes new or again begins where the least served one stands: what it did not use before is not kept
+    for it, and what it had too much is forgotten.
     """
 
     def __init__(self, max_rows: Callable[[H], int]) -> None:
         """`max_rows(group)`: the cap; asked anew for every tick."""
         self._max_rows = max_rows
-        self._lines: OrderedDict[H, Line[T]] = OrderedDict()
+        self._groups: dict[H, dict[Hashable, Line]] = {}
+        self._entries: dict[T, tuple[H, Hashable, Entry]] = {}
+        self._accounts: dict[Hashable, Account] = {}
         self._arrivals = count()
+        self._served = 0.0
 
     def __len__(self) -> int:
-        return sum(len(line) for line in self._lines.values())
+        return len(self._entries)
 
     def add(self, item: T) -> None:
-        """Put an item at the end of its group's line."""
-        self._lines.setdefault(item.group, Line()).waiting[item] = next(self._arrivals)
+        """Give an item its place."""
+        account = self._accounts.setdefault(item.share, Account(self._served))
+        account.items += 1
+        entry = Entry(account.served + item.work / item.weight, next(self._arrivals), item)
+        self._entries[item] = item.group, item.share, entry
+        insort(self._line(item).waiting, entry, key=_place)
 
     def begin(self, item: T) -> None:
         """Note that an item holds memory now: it goes on, however many that may not start stand before it."""
-        line = self._lines[item.group]
-        begun = {**line.begun, item: line.waiting.pop(item)}
-        line.begun = dict(sorted(begun.items(), key=lambda pair: pair[1]))
+        entry, line = self._entries[item][2], self._line(item)
+        line.remove(entry)
+        insort(line.begun, entry, key=_place)
 
     def discard(self, item: T) -> None:
         """Take an item out, wherever it is; nothing happens where it is not in."""
-        line = self._lines.get(item.group)
-        if line is None:
+        if item not in self._entries:
             return
-        line.begun.pop(item, None)
-        line.waiting.pop(item, None)
-        if not line:
-            del self._lines[item.group]
+        line = self._line(item)
+        group, share, entry = self._entries.pop(item)
+        line.remove(entry)
+        if not (line.begun or line.waiting):
+            del self._groups[group][share]
+            if not self._groups[group]:
+                del self._groups[group]
+        account = self._accounts[share]
+        account.items -= 1
+        if not account.items:
+            del self._accounts[share]
 
     def next(self, admit: Callable[[T], bool] = lambda _: True) -> list[T]:
-        """The next tick: items of one group, which then goes to the end of the turn. Empty where nothing may be done.
+        """The next tick: items of one group. Empty where nothing may be done.
 
-        `admit` says of an item that has not begun whether it may; asked oldest first, of those whose rows fit.
+        `admit` says of an item that has not begun whether it may; asked in the order of the rule, of those whose rows
+        fit. Whoever is in the tick counts as served.
         """
-        for group in list(self._lines):
+        firsts = {
+            group: min(self._turn(share, line.first()) for share, line in lines.items())
+            for group, lines in self._groups.items()
+        }
+        for group in sorted(firsts, key=firsts.__getitem__):
             tick = self._take(group, admit)
             if tick:
-                self._lines.move_to_end(group)
                 return tick
         return []
 
+    def _line(self, item: T) -> Line:
+        group, share, _ = self._entries[item]
+        return self._groups.setdefault(group, {}).setdefault(share, Line())
+
+    def _turn(self, share: Hashable, entry: Entry) -> tuple[float, float, int]:
+        """When an item is to be served: smaller is sooner."""
+        return self._accounts[share].served, entry.due, entry.arrival
+
     def _take(self, group: H, admit: Callable[[T], bool]) -> list[T]:
         tick: list[T] = []
-        room, line = self._max_rows(group), self._lines[group]
-        for item in line.seen():
-            if room <= 0:
-                break
+        lines, room = self._groups[group], self._max_rows(group)
+        begun = {entry.item for line in lines.values() for entry in line.begun}
+        ahead = AHEAD * room - sum(item.num_rows for item in begun)
+        asked = 0
+        queues = {share: merge(line.begun, line.waiting, key=_place) for share, line in lines.items()}
+        turns: list[tuple[float, float, int, Hashable, T]] = []
+
+        def come(share: Hashable) -> None:
+            """Let the next of a share stand in the line of turns."""
+            if (entry := next(queues[share], None)) is not None:
+                heappush(turns, (*self._turn(share, entry), share, entry.item))
+
+        for share in lines:
+            come(share)
+        while turns and room > 0:
+            *_, share, item = heappop(turns)
             rows = item.num_rows
-            if (rows <= room or not tick) and (item in line.begun or admit(item)):
-                tick.append(item)
-                room -= rows
+            if rows <= room or not tick:
+                fresh = item not in begun
+                if fresh:
+                    asked += 1
+                if not fresh or (ahead > 0 and asked <= LOOKAHEAD and admit(item)):
+                    tick.append(item)
+                    room -= rows
+                    ahead -= rows * fresh
+                    self._serve(share, rows / item.weight, first=len(tick) == 1)
+            come(share)
         return tick
+
+    def _serve(self, share: Hashable, rows: float, *, first: bool) -> None:
+        account = self._accounts[share]
+        if first:
+            self._served = max(self._served, account.served)
+        account.served += rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -114,10 +114,29 @@ class Lane:
         """Rows of the coming step."""
         return self.job.run.steps[self.step].num_rows
 
+    @property
+    def work(self) -> float:
+        """Rows that its whole job has still to do."""
+        return self.job.rows_left
+
+    @property
+    def share(self) -> Hashable:
+        """Who is served with it."""
+        return self.job.share
+
+    @property
+    def weight(self) -> float:
+        """How much of the device its share gets, beside one of weight 1."""
+        return self.job.weight
+
 
 @dataclass(eq=False)
 class Job:
-    """A run of one model, and `post`, which hands an event to whoever waits (any thread, returns at once)."""
+    """A run of one model, and `post`, which hands an event to whoever waits (any thread, returns at once).
+
+    `share` is whom the batcher serves with it, its client or a class of its client's work, and `weight` what share of
+    the device that gets; all of one share have the same weight.
+    """
 
     id: str
     model: str
@@ -126,6 +145,8 @@ class Job:
     post: Callable[[Event], None]
     progress: bool = False
     previews: int = 0
+    share: Hashable = ""
+    weight: float = 1.0
     timing: Timing = field(default_factory=Timing)
     lanes: list[Lane] = field(init=False)
     preview_steps: frozenset[int] = field(init=False)

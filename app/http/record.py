@@ -11,10 +11,14 @@ from app.metrics import UNKNOWN
 
 @dataclass
 class Record:
-    """Facts of one request. `endpoint` stays empty for routes that generate nothing."""
+    """Facts of one request. `endpoint` stays empty for routes that generate nothing.
+
+    `client` is whose share of the device it is served with.
+    """
 
     request_id: str
     endpoint: str = ""
+    client: str = ""
     model: str = UNKNOWN
     acceleration: str = UNKNOWN
     outcome: str = "ok"

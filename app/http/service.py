@@ -86,6 +86,7 @@ class Service:
                 run=run,
                 acceleration=acceleration_label(run.accelerators),
                 post=mailbox.post,
+                share=record.client,
                 progress=asked.stream,
                 previews=asked.partial_images if asked.stream else 0,
             )

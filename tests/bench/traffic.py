@@ -41,6 +41,9 @@ class Item:
     trajectory: Trajectory
     group: Hashable = None
     started: bool = True
+    work: float = 0.0
+    share: Hashable = ""
+    weight: float = 1.0
 
     @property
     def num_rows(self) -> int:

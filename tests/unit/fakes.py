@@ -194,6 +194,7 @@ def make_job(
     post: Callable[[Event], None] = lambda event: None,
     progress: bool = False,
     previews: int = 0,
+    share: str = "",
     **request: Any,
 ) -> Job:
     """A job of unguided images (one row a step) unless `guidance_scale` says else, drawn from `seed` on."""
@@ -205,7 +206,8 @@ def make_job(
         Request(prompt=prompt, seed=seed, num_images=images, num_inference_steps=steps, **asked),
     )
     label = acceleration_label(run.accelerators)
-    return Job(name or f"job-{next(_numbers)}", model, run, label, post, progress=progress, previews=previews)
+    facts: dict[str, Any] = {"progress": progress, "previews": previews, "share": share}
+    return Job(name or f"job-{next(_numbers)}", model, run, label, post, **facts)
 
 
 class Clock:

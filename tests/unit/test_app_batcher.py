@@ -17,6 +17,9 @@ class Image:
     name: str
     group: Hashable = "g"
     num_rows: int = 2
+    work: float = 0.0
+    share: Hashable = ""
+    weight: float = 1.0
 
     def __repr__(self) -> str:
         return self.name
@@ -70,14 +73,115 @@ def test_an_image_passed_over_is_first_at_last() -> None:
     assert names(batcher.next()) == "B"
 
 
-def test_groups_take_turns() -> None:
-    batcher = make(*[Image(f"{g}{i}", group=g) for g in "xyz" for i in range(3)])
+def run(batcher: Batcher[Image, Hashable], rows: dict[Image, int], ticks: int = 10_000) -> list[str]:
+    """Ticks of images that have so many `rows` left each, until all are done; who has none left is discarded."""
+    found = []
+    while len(batcher) and len(found) < ticks:
+        tick = batcher.next()
+        found.append(names(tick))
+        for image in tick:
+            batcher.begin(image) if image not in begun_of(batcher) else None
+            rows[image] -= image.num_rows
+            if rows[image] <= 0:
+                batcher.discard(image)
+    return found
+
+
+def begun_of(batcher: Batcher[Image, Hashable]) -> set[Image]:
+    """Who has begun."""
+    lines = [line for group in batcher._groups.values() for line in group.values()]
+    return {entry.item for line in lines for entry in line.begun}
+
+
+def sized(table: dict[str, int], cap: int = 2, **facts: Hashable) -> tuple[Batcher[Image, Hashable], dict[Image, int]]:
+    """Images of two rows a step with so much work each, by name; `a1` is of share a. All come at once."""
+    images = {Image(name, work=work, share=name[0], **facts): work for name, work in table.items()}  # type: ignore[arg-type]
+    return make(*images, cap=cap), images
+
+
+@pytest.mark.parametrize(
+    ("table", "order"),
+    [
+        ({"a1": 10, "a2": 4}, "a2 a2 a1 a1 a1 a1 a1"),  # a small one passes a large one before it
+        ({"a1": 4, "a2": 4}, "a1 a1 a2 a2"),  # equal ones in the order in which they came
+        ({"a1": 6, "b1": 6}, "a1 b1 a1 b1 a1 b1"),  # clients get equal numbers of rows
+        ({"a1": 6, "a2": 6, "b1": 4}, "b1 a1 b1 a1 a1 a2 a2 a2"),  # whatever each of them asks for
+        ({"a1": 8, "b1": 4, "b2": 4}, "b1 a1 b1 a1 b2 a1 b2 a1"),
+        ({"a1": 4, "b1": 4, "c1": 2}, "c1 a1 b1 a1 b1"),
+    ],
+)
+def test_the_share_served_least_goes_first_and_in_it_who_is_due_first(table: dict[str, int], order: str) -> None:
+    assert run(*sized(table)) == order.split()
+
+
+@pytest.mark.parametrize("small", [2, 10, 40])
+def test_a_large_request_is_passed_by_no_more_rows_than_it_has(small: int) -> None:
+    """A small one is there at every moment, from the same client: the large one of 100 rows still begins after 100."""
+    large = Image("L", work=100)
+    batcher, passed = make(large, cap=2), 0
+    while True:
+        batcher.add(Image("s", work=small))
+        for _ in range(small // 2):
+            tick = batcher.next()
+            if tick == [large]:
+                assert 100 - small <= passed <= 100
+                return
+            passed += 2
+        batcher.discard(tick[0])
+
+
+def test_a_flood_does_not_delay_another_client() -> None:
+    batcher, rows = sized({f"a{i}": 50 for i in range(40)}, cap=8)
+    assert all(tick.count("a") == 4 for tick in run(batcher, rows, ticks=6))
+    late = Image("b1", work=8, share="b")
+    rows[late] = 8
+    batcher.add(late)
+    ticks = run(batcher, rows, ticks=4)
+    assert all("b1" in tick and tick.count("a") == 3 for tick in ticks), "in every tick, and the others fill it"
+    assert late not in batcher._entries
+
+
+def test_who_was_away_neither_catches_up_nor_owes() -> None:
+    batcher, rows = sized({"a1": 40, "b1": 4}, cap=2)
+    run(batcher, rows, ticks=10)  # b is done after four
+    again = Image("b2", work=100, share="b")
+    rows[again] = 100
+    batcher.add(again)
+    assert sorted(run(batcher, rows, ticks=10)) == ["a1"] * 5 + ["b2"] * 5
+
+
+@pytest.mark.parametrize(("weight", "share"), [(1.0, 10), (2.0, 13), (4.0, 16), (0.25, 4)])
+def test_a_share_of_more_weight_gets_more_rows(weight: float, share: int) -> None:
+    batcher = make(Image("a", work=100, share="a"), Image("b", work=100, share="b", weight=weight), cap=2)
+    ticks = [names(batcher.next()) for _ in range(20)]
+    assert abs(ticks.count("b") - share) <= 1
+    assert ticks.count("a") + ticks.count("b") == 20
+
+
+def test_groups_follow_the_same_rule() -> None:
+    """Clients of different groups take turns; in a client the image that is due first names the group."""
+    batcher = make(*[Image(f"{g}{i}", group=g, share=g, work=10) for g in "xyz" for i in range(3)])
     assert [names(batcher.next()) for _ in range(6)] == ["x0x1", "y0y1", "z0z1"] * 2
+    small = make(Image("x", group="x", work=50), Image("y", group="y", work=10))
+    assert names(small.next()) == "y"
 
 
-def test_a_new_group_waits_one_turn_at_most() -> None:
-    batcher = make(*[Image(f"x{i}", group="x") for i in range(9)], Image("y0", group="y"))
-    assert [names(batcher.next()) for _ in range(3)] == ["x0x1", "y0", "x0x1"]
+def test_a_tick_is_filled_whoever_is_first() -> None:
+    images = [Image(f"a{i}", share="a", work=100) for i in range(4)] + [Image("b0", share="b", work=2)]
+    assert names(make(*images, cap=8).next()) == "b0a0a1a2"
+
+
+def test_what_may_begin_ahead_of_what_has_begun_is_bounded() -> None:
+    """Ever smaller requests pass those that have begun, until two ticks' rows have."""
+    batcher = make(cap=4)
+    begun = 0
+    for work in range(10_000, 0, -100):
+        batcher.add(Image(str(work), work=work))
+        for image in batcher.next():
+            if image not in begun_of(batcher):
+                batcher.begin(image)
+        begun = len(begun_of(batcher))
+    assert begun == 4, "of two rows each"
 
 
 @pytest.mark.parametrize(
@@ -137,11 +241,12 @@ def test_nobody_is_asked_to_start_whose_rows_do_not_fit() -> None:
     assert asked == ["c"]
 
 
-def test_a_group_that_may_not_start_keeps_its_turn() -> None:
-    x, y = Image("x", group="x"), Image("y", group="y")
+def test_who_may_not_start_keeps_its_turn() -> None:
+    x, y = Image("x", group="x", share="x"), Image("y", group="y", share="y")
     batcher = make(x, y)
     assert names(batcher.next(lambda image: image is y)) == "y"
     assert names(batcher.next()) == "x"
+    assert names(batcher.next()) == "x", "which was served less"
     assert names(batcher.next()) == "y"
 
 
@@ -149,7 +254,7 @@ def test_the_caps_are_by_group_and_asked_anew() -> None:
     caps = {"x": 2, "y": 4}
     batcher: Batcher[Image, Hashable] = Batcher(lambda group: caps[str(group)])
     for group in "xxxyyy":
-        batcher.add(Image(group, group=group))
+        batcher.add(Image(group, group=group, share=group))
     assert [names(batcher.next()) for _ in range(2)] == ["x", "yy"]
     caps["x"] = 6
     assert [names(batcher.next()) for _ in range(2)] == ["xxx", "yy"]
@@ -174,14 +279,7 @@ def test_nothing_is_kept_of_a_group_that_is_empty() -> None:
     batcher.discard(images[0])
     assert batcher.next() == []
     assert asked == [], "lists of groups that are gone"
-
-
-def test_a_group_that_comes_back_is_last() -> None:
-    x, y = Image("x", group="x"), Image("y", group="y")
-    batcher = make(x, y)
-    batcher.discard(x)
-    batcher.add(x)
-    assert [names(batcher.next()) for _ in range(3)] == ["y", "x", "y"]
+    assert not any((batcher._groups, batcher._accounts, batcher._entries))
 
 
 def test_who_is_not_in_the_line_is_not_missed() -> None:

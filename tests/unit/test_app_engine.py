@@ -298,7 +298,7 @@ def test_a_drain_while_the_models_load_is_kept() -> None:
 
 def test_closing_answers_what_is_left_after_the_current_tick() -> None:
     with running(max_rows=1) as served:
-        runs, waits = served.submit(1, steps=9, progress=True), served.submit(2)
+        runs, waits = served.submit(1, steps=9, progress=True), served.submit(2, steps=9)
         served.gate.wait()
         closing = threading.Thread(target=served.engine.close)
         closing.start()
@@ -378,7 +378,7 @@ def test_a_poisoned_device_and_a_bug_end_the_engine_and_hold_no_features(error: 
     """Two run, with features remembered; the poison is met once, and never tried again."""
     with running(max_rows=2) as served:
         jobs = [served.submit(seed, steps=9, acceleration=DeepCache(interval=3)) for seed in (1, 2)]
-        waits = served.submit(3)
+        waits = served.submit(3, steps=9)
         served.gate.one()
         assert served.value("feature_memory_bytes", model="unet") == 2 * FEATURE_BYTES
         tried: list[list[int]] = []

@@ -57,10 +57,10 @@ def test_sizes_and_models_take_turns_and_each_has_its_own_cap_and_pictures() -> 
     hand = Hand({"unet": FakeBackbone(), "other": FakeBackbone()}, {"unet": 3, "other": 2})
     unet, other = hand.backbones.values()
     ended = [
-        hand.add(1, 2, width=24, height=16),
-        hand.add(3, 2, width=16, height=24),
-        hand.add(5, 3, model="other", width=24, height=16),
-        hand.add(8, 2, width=24, height=16),
+        hand.add(1, 2, width=24, height=16, share="one"),
+        hand.add(3, 2, width=16, height=24, share="two"),
+        hand.add(5, 3, model="other", width=24, height=16, share="three"),
+        hand.add(8, 2, width=24, height=16, share="one"),
     ]
     hand.work(3)
     assert (unet.ticks, other.ticks) == ([[1, 2, 8], [3, 4]], [[5, 6]])
@@ -111,7 +111,7 @@ def test_it_is_busy_while_only_pictures_are_left() -> None:
 
 def test_a_job_is_started_once_by_the_tick_that_first_takes_one_of_its_images() -> None:
     hand = Hand(max_rows=2)
-    first, second = hand.add(1, 3, steps=1), hand.add(5, steps=1)
+    first, second = hand.add(1, 3, steps=1), hand.add(5, steps=3)
     hand.work(1)
     assert hand.started == [first]
     hand.work()
@@ -123,7 +123,7 @@ def test_a_job_is_started_once_by_the_tick_that_first_takes_one_of_its_images() 
 def test_the_prompts_of_a_tick_are_encoded_together() -> None:
     hand = Hand()
     hand.add(1, prompt="a", negative_prompt="b", guidance_scale=3.0)
-    hand.add(2, prompt="c")
+    hand.add(2, prompt="c", steps=4)
     hand.add(3, prompt="d", guidance_scale=3.0)
     hand.work()
     assert hand.backbone.text.batches == [["a", "b", "c", "d", ""]]
@@ -282,7 +282,7 @@ def test_progress_counts_over_all_images_once_a_tick() -> None:
     hand = Hand(max_rows=3)
     hand.add(1, 2, steps=2, progress=True)
     hand.add(4, 2, steps=2, progress=True)
-    hand.add(7, steps=2)
+    hand.add(7, steps=4)
     hand.work()
     assert hand.posted[1] == [Progress(2, 4), Progress(4, 4)]
     assert hand.posted[4] == [Progress(step, 4) for step in range(1, 5)]
@@ -417,7 +417,7 @@ def test_a_dropped_job_gives_everything_back() -> None:
     hand = Hand(max_feature_bytes=FEATURE_BYTES)
     known = hand.add(0, **CACHE)
     hand.work()
-    gone, waits = hand.add(1, steps=9, **CACHE), hand.add(2, **CACHE)
+    gone, waits = hand.add(1, steps=9, **CACHE), hand.add(2, steps=9, **CACHE)
     hand.work(1)
     assert hand.backbone.ticks[-1] == [1]
     assert hand.value("feature_memory_bytes", model="unet") == FEATURE_BYTES
@@ -444,7 +444,7 @@ def test_one_dropped_while_it_waits_is_never_started() -> None:
 
 def test_one_dropped_before_its_pictures_are_made_has_none() -> None:
     hand = Hand(decode_chunk=1)
-    gone, stays = hand.add(1, 2, steps=1), hand.add(5, steps=1)
+    gone, stays = hand.add(1, 2, steps=1), hand.add(5, steps=2)
     hand.work(1)
     hand.worker.drop(gone)
     hand.work()
@@ -585,15 +585,15 @@ def test_a_tick_without_memory_is_done_in_halves_and_its_group_capped() -> None:
     hand = Hand(max_rows=7)
     hand.backbone.before = no_memory(3)
     jobs = [hand.add(seed, steps=3) for seed in range(1, 8)]
-    wide = hand.add(20, 3, width=24, steps=3)
+    wide = hand.add(20, 3, width=24, steps=3, share="wide")
     hand.work(1)
     assert hand.backbone.ticks == [[1, 2], [3, 4], [5, 6, 7]]
     assert hand.value("out_of_memory_total") == 2
     assert hand.backbone.parts.prompts.nbytes == 0  # what can be made again has made room
+    hand.work(3)
+    assert hand.backbone.ticks[3:] == [[20, 21, 22]] * 3
     hand.work(1)
-    assert hand.backbone.ticks[3:] == [[20, 21, 22]]
-    hand.work(1)
-    assert hand.backbone.ticks[4:] == [[1, 2]]  # 7 // 2, then 4 // 2
+    assert hand.backbone.ticks[6:] == [[1, 2]]  # 7 // 2, then 4 // 2
     hand.work()
     assert [greys(hand.ended[job]) for job in (*jobs, wide)] == [*([seed] for seed in range(1, 8)), [20, 21, 22]]
     assert hand.value("out_of_memory_total") == 2
@@ -609,11 +609,11 @@ def test_the_cap_after_out_of_memory_is_half_the_rows_that_were_tried() -> None:
     hand.backbone.before = no_memory(3)
     for seed in range(1, 5):
         hand.add(seed, steps=2, guidance_scale=2.0)
-    wide = hand.add(20, 3, width=24, steps=2, guidance_scale=2.0)
+    wide = hand.add(20, 3, width=24, steps=2, guidance_scale=2.0, share="wide")
     hand.work(1)
     assert hand.backbone.ticks == [[1, 2], [3, 4]]
-    hand.work(2)
-    assert hand.backbone.ticks[2:] == [[20, 21, 22], [1, 2]]
+    hand.work(3)
+    assert hand.backbone.ticks[2:] == [[20, 21, 22], [20, 21, 22], [1, 2]]
     hand.work()
     assert greys(hand.ended[wide]) == [20, 21, 22]
 
@@ -778,15 +778,15 @@ def test_who_remembers_more_than_there_is_waits_for_those_before() -> None:
     hand.add(0, 2, steps=3, **CACHE)  # of a new kind: nothing is known, all of it starts
     hand.work(1)
     assert hand.backbone.ticks == [[0, 1]]
-    second, third, free = hand.add(2, 2, steps=3, **CACHE), hand.add(4, steps=2, **CACHE), hand.add(6)
+    second, third, free = hand.add(2, 2, steps=3, **CACHE), hand.add(4, steps=7, **CACHE), hand.add(6)
     hand.work(1)
-    assert hand.backbone.ticks[1:] == [[0, 1, 6]]  # one who remembers nothing passes
+    assert hand.backbone.ticks[1:] == [[6, 0, 1]]  # one who remembers nothing passes
     hand.work(1)
-    assert hand.backbone.ticks[2:] == [[0, 1, 6]]
+    assert hand.backbone.ticks[2:] == [[6, 0, 1]]
     hand.work(1)
     assert hand.backbone.ticks[3:] == [[2, 3]]
     hand.work()
-    assert hand.backbone.ticks[4:] == [[2, 3], [2, 3], [4], [4]]
+    assert hand.backbone.ticks[4:] == [[2, 3], [2, 3], *[[4]] * 7]
     assert [greys(hand.ended[job]) for job in (second, third, free)] == [[2, 3], [4], [6]]
     assert hand.value("feature_memory_bytes", model="unet") == 0
 
@@ -807,7 +807,7 @@ def test_a_job_of_several_images_takes_its_room_once() -> None:
     hand.add(0, **CACHE)
     hand.work()
     for seed, images in ((1, 2), (3, 1), (4, 1)):
-        hand.add(seed, images, **CACHE)
+        hand.add(seed, images, steps=4 // images, **CACHE)
     hand.work(1)
     assert hand.backbone.ticks[-1] == [1, 2, 3]
 
@@ -833,11 +833,11 @@ def test_what_an_image_will_remember_is_set_aside_from_its_start() -> None:
 def test_the_gauge_of_features_is_by_model() -> None:
     hand = Hand({"unet": FakeBackbone(), "other": FakeBackbone()})
     hand.add(1, 2, steps=4, guidance_scale=2.0, **CACHE)
-    hand.add(5, steps=4, model="other", **CACHE)
+    hand.add(5, steps=4, model="other", share="other", **CACHE)
     hand.work(2)
     assert hand.value("feature_memory_bytes", model="unet") == 4 * FEATURE_BYTES
     assert hand.value("feature_memory_bytes", model="other") == FEATURE_BYTES
-    hand.work(2)
+    hand.work(4)
     assert hand.value("feature_memory_bytes", model="unet") == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
@@ -30,6 +31,14 @@ def service_of(request: Request) -> Service:
     return service
 
 
+def client_of(request: Request) -> str:
+    """Whose share of the device a request is served with: its key's where keys are asked for, else its address's."""
+    if service_of(request).settings.api_keys:
+        key = request.headers.get("authorization", "")
+        return "key " + hashlib.sha256(key.encode()).hexdigest()[:16]
+    return "" if request.client is None else request.client.host
+
+
 async def respond(
     request: Request,
     asked: GenerationRequest,
@@ -38,6 +47,7 @@ async def respond(
     picture: bytes | None = None,
 ) -> Response:
     """Open a generation and answer with its stream, or with what `finish` makes of it."""
+    request.state.record.client = client_of(request)
     generation = await service_of(request).open(asked, request.state.record, picture)
     if asked.stream:
         return Stream(generation, spell)
