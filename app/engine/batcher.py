@@ -14,7 +14,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush, merge
-from itertools import count
+from itertools import count, islice
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 G = TypeVar("G", bound=Hashable, covariant=True)
@@ -48,7 +48,7 @@ class Item(Protocol[G]):
 T = TypeVar("T", bound=Item[Any])
 
 LOOKAHEAD = 256
-"""How many waiting items of a group a tick asks to start, however long the line is."""
+"""How many waiting items of a share in a group a tick looks at, and how many of a group it asks to start."""
 AHEAD = 2
 """Nobody begins where so many ticks' rows have begun: what small requests pass holds memory meanwhile."""
 
@@ -172,7 +172,7 @@ class Batcher(Generic[T, H]):
         begun = {entry.item for line in lines.values() for entry in line.begun}
         ahead = AHEAD * room - sum(item.num_rows for item in begun)
         asked = 0
-        queues = {share: merge(line.begun, line.waiting, key=_place) for share, line in lines.items()}
+        queues = {share: merge(line.begun, islice(line.waiting, LOOKAHEAD), key=_place) for share, line in lines.items()}
         turns: list[tuple[float, float, int, Hashable, T]] = []
 
         def come(share: Hashable) -> None:

@@ -57,6 +57,8 @@ class Outcome:
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
+    by_client: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
+    """When each order of a client came and was done."""
     rows: list[int] = field(default_factory=list)
     plans: list[int] = field(default_factory=list)
 
@@ -109,6 +111,7 @@ class Clients:
         """The picture is there; its client thinks about the next."""
         now = self.now()
         self.outcome.latencies.append(now - arrived)
+        self.outcome.by_client.setdefault(order.client, []).append((arrived, now))
         self.outcome.seconds = now
         self._think(order.client, now)
 
@@ -133,8 +136,14 @@ def one_by_one(traffic: Sequence[Sequence[Order]], draw: Callable[[Request], obj
 Key = Callable[[Item], Hashable]
 
 
-def batched(model: Model, traffic: Sequence[Sequence[Order]], max_rows: int, key: Key) -> Outcome:
-    """Our engine's loop over our batcher; items of equal `key` can share a tick."""
+def batched(
+    model: Model,
+    traffic: Sequence[Sequence[Order]],
+    max_rows: int,
+    key: Key,
+    place: Callable[[Item], object] = lambda item: None,
+) -> Outcome:
+    """Our engine's loop over our batcher; items of equal `key` can share a tick. `place` says whose an item is."""
     backbone, clients = model.backbone, Clients(traffic)
     batcher: Batcher[Item, Hashable] = Batcher(lambda group: max_rows)
     while True:
@@ -142,6 +151,7 @@ def batched(model: Model, traffic: Sequence[Sequence[Order]], max_rows: int, key
             run = resolve(backbone.spec, backbone.scheduler_config, order.request)
             item = Item(order, arrived, start(backbone, run)[0])
             item.group = key(item)
+            place(item)
             batcher.add(item)
         tick = batcher.next()
         if not tick:
