@@ -1,19 +1,20 @@
 """Decides which images form the next tick: plain data in, a list out. No torch, no asyncio, no clock.
 
-The rule: *the share that was served least goes first, and in a share the image that is due first, which is when the
-share would have been served all the rows of its request since it came.* A share is a client, or a class of its work.
+The rule: *the share that was served least goes first, and in a share the request that would be done first if all of
+the share's were served alike.* A share is a client, or a class of its work.
 
 So clients get equal numbers of rows, whatever each of them asks for; a small request passes large ones that came
-before it; and a large one is passed by no more rows than it has itself, so nobody starves. Images of equal size go in
-the order in which they came. The first of all names the group, and all in it that fit fill the tick.
+before it; and a large one is passed only until as much was done as it has to do for each request beside it, so nobody
+starves. Requests of equal size go in the order in which they came. The first of all names the group, and all in it that
+fit fill the tick. (Processor sharing's order of finishing, as in fair queueing: Demers, Keshav and Shenker 1989.)
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from heapq import heappop, heappush, merge
+from heapq import heapify, heappop, heapreplace, merge
 from itertools import count, islice
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -37,6 +38,10 @@ class Item(Protocol[G]):
         """Rows that its whole request has still to do when it is added."""
 
     @property
+    def request(self) -> Hashable:
+        """Equal for the images of one request."""
+
+    @property
     def share(self) -> Hashable:
         """Who is served with it: all of one share together get as many rows as all of another of the same weight."""
 
@@ -46,6 +51,8 @@ class Item(Protocol[G]):
 
 
 T = TypeVar("T", bound=Item[Any])
+Turn = tuple[float, float, int, Hashable, T]
+"""When an item is to be served: its share's rows, when it is due, when it came; and the share and the item."""
 
 LOOKAHEAD = 256
 """How many waiting items of a share in a group a tick looks at, and how many of a group it asks to start."""
@@ -54,7 +61,7 @@ AHEAD = 2
 
 
 class Entry(NamedTuple):
-    """An item's place in its share: it is due when the share will have been served so many rows."""
+    """An item's place in its share: due when each request of the share will have been served so many rows."""
 
     due: float
     arrival: int
@@ -72,6 +79,10 @@ class Line:
         """The first of all."""
         return min((entries[0] for entries in (self.begun, self.waiting) if entries), key=_place)
 
+    def seen(self) -> Iterator[Entry]:
+        """All that have begun and the first of the others, in order."""
+        return merge(self.begun, islice(self.waiting, LOOKAHEAD), key=_place)
+
     def remove(self, entry: Entry) -> None:
         """Take it out."""
         for entries in (self.begun, self.waiting):
@@ -86,10 +97,15 @@ def _place(entry: Entry) -> tuple[float, int]:
 
 @dataclass
 class Account:
-    """What a share was served, in rows by its weight, and how many items it has."""
+    """What a share was served.
+
+    `served` are its rows by its weight, `each` the rows that each of its requests would have by now if all were served
+    alike, and `requests` how many images each has here.
+    """
 
     served: float
-    items: int = 0
+    each: float = 0.0
+    requests: dict[Hashable, int] = field(default_factory=dict)
 
 
 class Batcher(Generic[T, H]):
@@ -115,8 +131,8 @@ class Batcher(Generic[T, H]):
     def add(self, item: T) -> None:
         """Give an item its place."""
         account = self._accounts.setdefault(item.share, Account(self._served))
-        account.items += 1
-        entry = Entry(account.served + item.work / item.weight, next(self._arrivals), item)
+        account.requests[item.request] = account.requests.get(item.request, 0) + 1
+        entry = Entry(account.each + item.work, next(self._arrivals), item)
         self._entries[item] = item.group, item.share, entry
         insort(self._line(item).waiting, entry, key=_place)
 
@@ -137,9 +153,11 @@ class Batcher(Generic[T, H]):
             del self._groups[group][share]
             if not self._groups[group]:
                 del self._groups[group]
-        account = self._accounts[share]
-        account.items -= 1
-        if not account.items:
+        requests = self._accounts[share].requests
+        requests[item.request] -= 1
+        if not requests[item.request]:
+            del requests[item.request]
+        if not requests:
             del self._accounts[share]
 
     def next(self, admit: Callable[[T], bool] = lambda _: True) -> list[T]:
@@ -148,12 +166,9 @@ class Batcher(Generic[T, H]):
         `admit` says of an item that has not begun whether it may; asked in the order of the rule, of those whose rows
         fit. Whoever is in the tick counts as served.
         """
-        firsts = {
-            group: min(self._turn(share, line.first()) for share, line in lines.items())
-            for group, lines in self._groups.items()
-        }
-        for group in sorted(firsts, key=firsts.__getitem__):
-            tick = self._take(group, admit)
+        firsts = {group: self._firsts(group) for group in self._groups}
+        for group in sorted(firsts, key=lambda group: firsts[group][0][:3]):
+            tick = self._take(group, firsts[group], admit)
             if tick:
                 return tick
         return []
@@ -162,28 +177,25 @@ class Batcher(Generic[T, H]):
         group, share, _ = self._entries[item]
         return self._groups.setdefault(group, {}).setdefault(share, Line())
 
-    def _turn(self, share: Hashable, entry: Entry) -> tuple[float, float, int]:
-        """When an item is to be served: smaller is sooner."""
-        return self._accounts[share].served, entry.due, entry.arrival
+    def _firsts(self, group: H) -> list[Turn[T]]:
+        """The first item of every share in a group, as a heap."""
+        turns = [self._turn(share, line.first()) for share, line in self._groups[group].items()]
+        heapify(turns)
+        return turns
 
-    def _take(self, group: H, admit: Callable[[T], bool]) -> list[T]:
+    def _turn(self, share: Hashable, entry: Entry) -> Turn[T]:
+        """When an item is to be served: smaller is sooner, and no two arrivals are equal."""
+        return self._accounts[share].served, entry.due, entry.arrival, share, entry.item
+
+    def _take(self, group: H, turns: list[Turn[T]], admit: Callable[[T], bool]) -> list[T]:
         tick: list[T] = []
         lines, room = self._groups[group], self._max_rows(group)
         begun = {entry.item for line in lines.values() for entry in line.begun}
         ahead = AHEAD * room - sum(item.num_rows for item in begun)
         asked = 0
-        queues = {share: merge(line.begun, islice(line.waiting, LOOKAHEAD), key=_place) for share, line in lines.items()}
-        turns: list[tuple[float, float, int, Hashable, T]] = []
-
-        def come(share: Hashable) -> None:
-            """Let the next of a share stand in the line of turns."""
-            if (entry := next(queues[share], None)) is not None:
-                heappush(turns, (*self._turn(share, entry), share, entry.item))
-
-        for share in lines:
-            come(share)
+        queues: dict[Hashable, Iterator[Entry]] = {}
         while turns and room > 0:
-            *_, share, item = heappop(turns)
+            *_, share, item = turns[0]
             rows = item.num_rows
             if rows <= room or not tick:
                 fresh = item not in begun
@@ -193,12 +205,16 @@ class Batcher(Generic[T, H]):
                     tick.append(item)
                     room -= rows
                     ahead -= rows * fresh
-                    self._serve(share, rows / item.weight, first=len(tick) == 1)
-            come(share)
+                    account = self._accounts[share]
+                    if len(tick) == 1:
+                        self._served = max(self._served, account.served)
+                    account.served += rows / item.weight
+                    account.each += rows / len(account.requests)
+            if share not in queues:
+                queues[share] = lines[share].seen()
+                next(queues[share])  # which is the item at hand
+            if (entry := next(queues[share], None)) is not None:
+                heapreplace(turns, self._turn(share, entry))
+            else:
+                heappop(turns)
         return tick
-
-    def _serve(self, share: Hashable, rows: float, *, first: bool) -> None:
-        account = self._accounts[share]
-        if first:
-            self._served = max(self._served, account.served)
-        account.served += rows

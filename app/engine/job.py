@@ -120,6 +120,11 @@ class Lane:
         return self.job.rows_left
 
     @property
+    def request(self) -> Hashable:
+        """The job itself."""
+        return self.job
+
+    @property
     def share(self) -> Hashable:
         """Who is served with it."""
         return self.job.share

@@ -46,6 +46,11 @@ class Item:
     weight: float = 1.0
 
     @property
+    def request(self) -> Hashable:
+        """The order itself: each has one image."""
+        return self
+
+    @property
     def num_rows(self) -> int:
         """Rows of the coming step."""
         return self.trajectory.num_rows

@@ -21,6 +21,10 @@ class Image:
     share: Hashable = ""
     weight: float = 1.0
 
+    @property
+    def request(self) -> Hashable:
+        return self.name.partition(".")[0]
+
     def __repr__(self) -> str:
         return self.name
 
@@ -75,7 +79,7 @@ def test_an_image_passed_over_is_first_at_last() -> None:
 
 def run(batcher: Batcher[Image, Hashable], rows: dict[Image, int], ticks: int = 10_000) -> list[str]:
     """Ticks of images that have so many `rows` left each, until all are done; who has none left is discarded."""
-    found = []
+    found: list[str] = []
     while len(batcher) and len(found) < ticks:
         tick = batcher.next()
         found.append(names(tick))
@@ -115,16 +119,16 @@ def test_the_share_served_least_goes_first_and_in_it_who_is_due_first(table: dic
 
 
 @pytest.mark.parametrize("small", [2, 10, 40])
-def test_a_large_request_is_passed_by_no_more_rows_than_it_has(small: int) -> None:
-    """A small one is there at every moment, from the same client: the large one of 100 rows still begins after 100."""
+def test_a_large_request_is_passed_by_as_much_as_it_has_to_do_for_each_beside_it(small: int) -> None:
+    """A small one is there at every moment, from the same client: of both together 200 rows, and then the large one."""
     large = Image("L", work=100)
     batcher, passed = make(large, cap=2), 0
     while True:
-        batcher.add(Image("s", work=small))
+        batcher.add(Image(f"s{passed}", work=small))
         for _ in range(small // 2):
             tick = batcher.next()
             if tick == [large]:
-                assert 100 - small <= passed <= 100
+                assert 200 - 2 * small <= passed <= 200
                 return
             passed += 2
         batcher.discard(tick[0])
@@ -156,6 +160,32 @@ def test_a_share_of_more_weight_gets_more_rows(weight: float, share: int) -> Non
     ticks = [names(batcher.next()) for _ in range(20)]
     assert abs(ticks.count("b") - share) <= 1
     assert ticks.count("a") + ticks.count("b") == 20
+
+
+def test_small_requests_pass_a_whole_flood_of_the_same_client() -> None:
+    """Twenty that have begun long ago are due after one that has little to do, whatever they were served together."""
+    batcher, rows = sized({f"a{i}": 50 for i in range(20)}, cap=8)
+    run(batcher, rows, ticks=60)  # 480 of 1000 rows
+    late = Image("a99", work=6, share="a")
+    rows[late] = 6
+    batcher.add(late)
+    assert all(tick.startswith("a99") for tick in run(batcher, rows, ticks=3))
+    assert late not in batcher._entries
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_a_request_of_many_images_counts_as_one(images: int) -> None:
+    """By images, its own would keep it from ever being due beside small requests."""
+    large = [Image(f"L.{i}", work=100) for i in range(images)]
+    batcher, passed = make(*large, cap=2), 0
+    while True:
+        batcher.add(small := Image(f"s{passed}", work=2))
+        tick = batcher.next()
+        if tick != [small]:
+            break
+        batcher.discard(small)
+        passed += 2
+    assert 194 <= passed <= 200
 
 
 def test_groups_follow_the_same_rule() -> None:
