@@ -132,9 +132,12 @@ class Transformer(ABC):
             return part
         if len(beginning) == len(rows):
             return h + store.read([(row.memory, row.plan.reads[site]) for row, site in zip(rows, reused, strict=True)])  # type: ignore[index]
-        out = h.clone()
+        waiting = [i for i, site in enumerate(reused) if site is not None and site.start != start]
+        out = torch.empty_like(h)
         if running:
             put(out, places.where(running), part)
+        if waiting:
+            put(out, places.where(waiting), places.take(h, waiting))
         if beginning:
             effect = store.read([(rows[i].memory, rows[i].plan.reads[reused[i]]) for i in beginning])  # type: ignore[index]
             put(out, places.where(beginning), places.take(h, beginning) + effect)
