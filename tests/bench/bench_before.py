@@ -35,7 +35,9 @@ class Checkout:
     def ask(self, do: str, model: str, dtype: str, work: str) -> Any:
         """The worker's answer."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps({"do": do, "model": model, "dtype": dtype, "work": work}), file=self._process.stdin, flush=True)
+        print(
+            json.dumps({"do": do, "model": model, "dtype": dtype, "work": work}), file=self._process.stdin, flush=True
+        )
         for line in self._process.stdout:
             if line.startswith("answer "):
                 return json.loads(line.removeprefix("answer "))
