@@ -1,8 +1,8 @@
 """One process of `bench_before`, in either of the two checkouts: does what each line of standard input asks for.
 
-It imports only what both have. A line is JSON, {"model", "dtype", "work", "do"}; so is the answer:
-`time`: seconds of CPU time of one run; `count`: operators dispatched, and bytes that copying ones wrote; `list`: the
-accelerations of a model; `look`: digests of one's final latents and pictures.
+It imports what both have, from the one that it is started for. A line is JSON, {"model", "dtype", "work", "do"}; so is
+the answer. `time`: seconds of CPU time of one run; `count`: operators dispatched, and bytes that copying ones wrote;
+`list`: the accelerations of a model; `look`: digests of one's final latents and pictures.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +18,6 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
-
-sys.path[0] = os.getcwd()  # the checkout that is measured, not the one that this file lies in
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

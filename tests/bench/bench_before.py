@@ -9,6 +9,7 @@ acceleration bit for bit instead.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from itertools import product
@@ -28,16 +29,18 @@ class Checkout:
         self.commit = subprocess.run(
             ["git", "log", "-1", "--format=%h %s"], cwd=folder, capture_output=True, text=True, check=True
         ).stdout.strip()
-        command = [sys.executable, str(ROOT / "tests" / "bench" / "before_worker.py")]
+        # -P: modules come from that checkout, and not from the folder of the worker's file
+        command = [sys.executable, "-P", str(ROOT / "tests" / "bench" / "before_worker.py")]
+        environment = {**os.environ, "PYTHONPATH": str(folder.resolve())}
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, text=True)
+        self._process = subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True)
 
     def ask(self, do: str, model: str, dtype: str, work: str) -> Any:
         """The worker's answer."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        print(
-            json.dumps({"do": do, "model": model, "dtype": dtype, "work": work}), file=self._process.stdin, flush=True
-        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        asked = {"do": do, "model": model, "dtype": dtype, "work": work}
+        print(json.dumps(asked), file=self._process.stdin, flush=True)
         for line in self._process.stdout:
             if line.startswith("answer "):
                 return json.loads(line.removeprefix("answer "))
