@@ -95,6 +95,9 @@ class Settings(BaseSettings):
         20 * 2**30, ge=2**20, description="Bytes of uploads, pictures and files that the store keeps."
     )
 
+    max_file_bytes: int = Field(200 * 2**20, ge=1024, description="Size of a file of lines for a batch.")
+    max_batch_lines: int = Field(50_000, ge=1, le=1_000_000, description="Lines of a batch.")
+
     log_format: Literal["auto", "json", "human"] = Field("auto", description="auto: human on a terminal, else json.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity logged.")
     log_file: Path | None = Field(None, description="Log into this file instead of standard error.")

@@ -20,7 +20,7 @@ from app.engine.loading import load_all, warm_all
 from app.engine.pace import Pace
 from app.http import problems
 from app.http.middleware import Authorize, LimitBody, Observe
-from app.http.routes import docs, generate, info, openai
+from app.http.routes import batches, docs, files, generate, info, openai
 from app.http.routes import jobs as jobs_routes
 from app.http.service import Service
 from app.metrics import Metrics
@@ -73,7 +73,7 @@ def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbon
     app.state.jobs = jobs
     app.state.created = time.time()
     problems.install(app)
-    for module in (generate, jobs_routes, openai, info, docs):
+    for module in (generate, jobs_routes, files, batches, openai, info, docs):
         app.include_router(module.router)
     app.mount("/docs-assets", docs.ASSETS, name="docs-assets")
     app.mount("/web", StaticFiles(directory=info.WEB), name="web")
@@ -121,5 +121,6 @@ def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
         keys = [key.get_secret_value() for key in settings.api_keys]
         open_paths = ALWAYS_OPEN if settings.metrics_require_key else (*ALWAYS_OPEN, "/metrics")
         stack.append(Middleware(Authorize, keys=keys, open_paths=open_paths))
-    stack.append(Middleware(LimitBody, max_bytes=settings.max_body_bytes))
+    larger = {files.router.prefix: settings.max_file_bytes}
+    stack.append(Middleware(LimitBody, max_bytes=settings.max_body_bytes, others=larger))
     return stack

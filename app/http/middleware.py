@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -130,20 +130,22 @@ class Authorize:
 
 
 class LimitBody:
-    """Refuses bodies above a size, whether they say so beforehand or not."""
+    """Refuses bodies above a size, of some paths another, whether they say so beforehand or not."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, others: Mapping[str, int] | None = None) -> None:
         self._app = app
         self._max = max_bytes
+        self._others = others or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with a `receive` that counts."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        error = TooLarge(f"the body is larger than {self._max} bytes")
+        most = self._others.get(route_path(scope), self._max)
+        error = TooLarge(f"the body is larger than {most} bytes")
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdigit() and int(declared) > self._max:
+        if declared.isdigit() and int(declared) > most:
             await _refuse(error, scope, receive, send)
             return
         taken = 0
@@ -152,7 +154,7 @@ class LimitBody:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > self._max:
+            if taken > most:
                 raise HTTPException(413)  # what FastAPI lets through while it reads a body
             return message
 

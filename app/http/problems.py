@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from app.errors import Impossible, Internal, Malformed, MethodNotAllowed, NotFound, ServiceError, TooLarge
+from app.http.schemas.batches import FIELD_NAMES as BATCH_FIELDS
 from app.http.schemas.jobs import FIELD_NAMES as JOB_FIELDS
 from app.http.schemas.requests import FIELD_NAMES
 from app.http.schemas.responses import ErrorBody
@@ -33,6 +34,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 """For the OpenAPI description of the generating routes."""
+
+
+KNOWN_FIELDS = FIELD_NAMES | JOB_FIELDS | BATCH_FIELDS
 
 
 def answer(error: ServiceError) -> Response:
@@ -75,7 +79,7 @@ def invalid(errors: Sequence[ErrorDetails | dict[str, Any]]) -> ServiceError:
     if first["type"] == "json_invalid":
         return Malformed(f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}")
     unknown = first["type"] == "extra_forbidden"
-    path = [str(part) for part in first["loc"] if part in FIELD_NAMES or part in JOB_FIELDS]
+    path = [str(part) for part in first["loc"] if part in KNOWN_FIELDS]
     if unknown:
         path = [*path, str(first["loc"][-1])] if first["loc"][-1] not in path[-1:] else path
     if not path:

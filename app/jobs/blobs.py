@@ -19,8 +19,8 @@ CHUNK = 2**20
 class Blobs(Protocol):
     """Where uploads, pictures and batch files lie. Owners and names are made by the server, never by a client."""
 
-    def put(self, connection: sa.Connection, owner_id: str, name: str, chunks: Iterable[bytes]) -> int:
-        """Write in the transaction of `connection`; how many bytes."""
+    def put(self, connection: sa.Connection | None, owner_id: str, name: str, chunks: Iterable[bytes]) -> int:
+        """Write, where these are rows in the transaction of `connection`; how many bytes."""
 
     def chunks(self, engine: sa.Engine, owner_id: str, name: str, offset: int = 0) -> Iterator[bytes]:
         """Read from an offset, a chunk at a time. Raises `FileNotFoundError`."""
@@ -45,7 +45,7 @@ class FileBlobs:
         """The owner's folder; spread over 256, by the end of what is random in the id."""
         return self.root / owner_id[-2:] / owner_id
 
-    def put(self, connection: sa.Connection, owner_id: str, name: str, chunks: Iterable[bytes]) -> int:
+    def put(self, connection: sa.Connection | None, owner_id: str, name: str, chunks: Iterable[bytes]) -> int:
         folder = self.folder(owner_id)
         folder.mkdir(parents=True, exist_ok=True)
         half, size = folder / f"{name}.half", 0
@@ -84,7 +84,9 @@ class FileBlobs:
 class RowBlobs:
     """Rows of at most a mebibyte each."""
 
-    def put(self, connection: sa.Connection, owner_id: str, name: str, chunks: Iterable[bytes]) -> int:
+    def put(self, connection: sa.Connection | None, owner_id: str, name: str, chunks: Iterable[bytes]) -> int:
+        if connection is None:
+            raise ValueError("rows are written in a transaction")
         size = 0
         connection.execute(sa.delete(BLOBS).where(BLOBS.c.owner_id == owner_id, BLOBS.c.name == name))
         for part, chunk in enumerate(_even(chunks)):

@@ -26,7 +26,9 @@ class Retention:
         gone += self._files(store, FILES.c.expires_at < store.clock())
         with store.begin() as connection:
             connection.execute(sa.delete(BATCHES).where(BATCHES.c.ended_at < old))
+            ended = sa.select(BATCHES.c.id).where(BATCHES.c.ended_at.is_not(None))
             over = connection.execute(count_where(*_forgettable())).scalar_one()
+        gone += self._forget(store, PAGE, JOBS.c.batch_id.in_(ended))
         while over > self.count and (forgotten := self._jobs(store, min(PAGE, over - self.count))):
             over -= forgotten
             gone += forgotten
@@ -35,7 +37,10 @@ class Retention:
         return gone
 
     def _jobs(self, store: Store, limit: int, *conditions: sa.ColumnElement[bool]) -> int:
-        query = sa.select(JOBS.c.id).where(*_forgettable(), *conditions).order_by(JOBS.c.seq).limit(limit)
+        return self._forget(store, limit, *_forgettable(), *conditions)
+
+    def _forget(self, store: Store, limit: int, *conditions: sa.ColumnElement[bool]) -> int:
+        query = sa.select(JOBS.c.id).where(*conditions).order_by(JOBS.c.seq).limit(limit)
         ids = [row["id"] for row in store.rows(query)]
         if ids:
             store.forget(ids, sa.delete(JOBS).where(JOBS.c.id.in_(ids)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,6 +63,7 @@ class Runner:
     jobs: Jobs
     service: Service
     retention: Retention
+    chores: Sequence[Callable[[], Awaitable[None]]] = ()
     running: dict[str, Running] = field(default_factory=dict)
     stopping: bool = False
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
@@ -115,11 +116,8 @@ class Runner:
             if recovered or swept:
                 SERVER.info("the store: %d jobs run again, %d halves of files removed", recovered, swept)
         await store.call(store.count_bytes)
-        for work, seconds in (
-            (self._claim, LOOK_SECONDS),
-            (self._beat, self._beat_seconds),
-            (self._sweep, SWEEP_SECONDS),
-        ):
+        loops = [(self._claim, LOOK_SECONDS), (self._beat, self._beat_seconds), (self._sweep, SWEEP_SECONDS)]
+        for work, seconds in [*loops, *((chore, LOOK_SECONDS) for chore in self.chores)]:
             self._loops.append(asyncio.create_task(self._again(work, seconds)))
 
     async def stop(self) -> None:

@@ -6,13 +6,17 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from app.errors import Impossible, NotFound
+from app.errors import Impossible, NotFound, ServiceError
 from app.http.pictures import decode_base64
 from app.http.record import Record
 from app.http.schemas.jobs import JobBody, JobImage, JobRequest
 from app.http.schemas.requests import GenerationRequest
+from app.jobs.batches import Batches
+from app.jobs.driver import Driver
+from app.jobs.files import Files
 from app.jobs.queue import Jobs, NewJob, Priority
 from app.jobs.retention import Retention
 from app.jobs.runner import PICTURE, Runner
@@ -35,16 +39,22 @@ class JobService:
         self.jobs = Jobs(self.store, settings.max_jobs, settings.job_lease_seconds)
         self.keep_seconds = settings.keep_days * DAY
         retention = Retention(self.keep_seconds, settings.keep_jobs, settings.store_bytes)
-        self.runner = Runner(self.jobs, service, retention)
+        self.files = Files(self.store)
+        self.batches = Batches(self.store, self.jobs, self.keep_seconds)
+        self.runner = Runner(self.jobs, service, retention, [Driver(self.batches, self, settings).advance])
         self._service = service
 
     async def start(self) -> None:
         """Take up what a process left, and run jobs from now on."""
+        if not self.store.shared:
+            await self.store.call(self.batches.let_go, whosever=True)
         await self.runner.start()
 
     async def stop(self) -> None:
         """Give back what is not done, and let the store go."""
         await self.runner.stop()
+        with suppress(ServiceError):
+            await self.store.call(self.batches.let_go)
         await asyncio.to_thread(self.store.close)
 
     async def submit(self, asked: JobRequest, owner: str, key: str | None, record: Record) -> tuple[Row, bool]:

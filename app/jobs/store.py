@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -98,6 +98,32 @@ class Store:
         size = self.blobs.put(connection, owner_id, name, chunks)
         self.used += size  # until retention counts again
         return size
+
+    def write(
+        self,
+        files: Mapping[str, Iterable[bytes]],
+        name: str,
+        record: Callable[[sa.Connection, dict[str, int]], T],
+    ) -> T:
+        """Write streams, each under its owner's id, and what `record` says of their sizes: all or nothing.
+
+        Files of a directory are written ahead of the transaction, which nobody else waits for meanwhile.
+        """
+
+        def put(connection: sa.Connection | None) -> dict[str, int]:
+            return {owner_id: self.blobs.put(connection, owner_id, name, chunks) for owner_id, chunks in files.items()}
+
+        try:
+            with in_our_words():
+                sizes = {} if self.shared else put(None)
+            with self.begin() as connection:
+                sizes = put(connection) if self.shared else sizes
+                recorded = record(connection, sizes)
+        except BaseException:
+            self.blobs.clean(files)
+            raise
+        self.used += sum(sizes.values())
+        return recorded
 
     def count_bytes(self) -> int:
         """Bytes of uploads, pictures and files that are kept."""

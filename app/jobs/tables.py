@@ -85,6 +85,8 @@ BATCHES = Table(
     Column("offset", BigInteger, nullable=False, default=0),  # bytes of the input that have become jobs
     Column("line", Integer, nullable=False, default=0),  # lines of the input that have become jobs
     Column("total", Integer, nullable=False, default=0),
+    Column("completed", Integer, nullable=False, default=0),  # of a batch that is over, whose jobs are gone
+    Column("failed", Integer, nullable=False, default=0),
     Column("output_file_id", String(64)),
     Column("error_file_id", String(64)),
     Column("created_at", Float, nullable=False),

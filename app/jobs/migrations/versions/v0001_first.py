@@ -72,6 +72,8 @@ def upgrade() -> None:
         sa.Column("offset", sa.BigInteger, nullable=False),
         sa.Column("line", sa.Integer, nullable=False),
         sa.Column("total", sa.Integer, nullable=False),
+        sa.Column("completed", sa.Integer, nullable=False),
+        sa.Column("failed", sa.Integer, nullable=False),
         sa.Column("output_file_id", sa.String(64)),
         sa.Column("error_file_id", sa.String(64)),
         sa.Column("created_at", sa.Float, nullable=False),
