@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -83,6 +83,10 @@ class Backbone:
         texts = [text for run in runs for text in self.family.prompts(self.parts, run)]
         if texts:
             self.family.encode(self.parts, texts)
+
+    def group(self, run: Run) -> Hashable:
+        """Equal for runs of one size whose rows may share a forward."""
+        return self.family.group(self.parts, run)
 
     @torch.inference_mode()
     def conditioning(self, run: Run) -> dict[Role, Conditioning]:

@@ -66,7 +66,7 @@ def take(waiting: deque[Trajectory], max_rows: int) -> list[Trajectory]:
 def start(backbone: Backbone, run: Run) -> list[Trajectory]:
     """The trajectories of a run, one an image, at their first step. A picture to start from is encoded once."""
     conditioning = backbone.conditioning(run)
-    kind = backbone.family.group(conditioning)
+    kind = backbone.group(run)
     picture = run.request.image
     encoded = None if picture is None else backbone.posterior(picture)
     solver = table_for(backbone, run)

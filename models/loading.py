@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
 import diffusers
 import torch
@@ -55,8 +55,11 @@ def load(
     trajectories of a tick together, latents in float32; `auto` is exact on a CPU in float32 and above, else batched.
     `config`, for a single file: a directory in diffusers' layout with the configs and tokenizers of its family.
     `compile` compiles the repeated blocks (torch.compile, any batch size); what differs by row stays out of the graphs.
-    Raises `ModelLoadError` where the files are not a servable model, with the config key that is not implemented.
+    Raises `ModelLoadError` where the files are not a servable model, with the config key that is not implemented, and
+    for a `dtype` or `stepping` that there is not.
     """
+    if stepping not in ("auto", *get_args(Stepping)):
+        raise ModelLoadError(f"stepping: {stepping!r} is not auto, {' or '.join(get_args(Stepping))}")
     source = _locate(name, config)
     device = find_device(device)
     dtype = _dtype(dtype, device)
@@ -210,7 +213,10 @@ def _truncated_unet(family: Family, directory: Path, config: dict[str, Any], dep
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return auto_dtype(device)
-    return dtype if isinstance(dtype, torch.dtype) else cast(torch.dtype, getattr(torch, dtype))
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelLoadError(f"dtype: {dtype!r} is not auto or one of torch's floating-point types, as float32")
+    return found
 
 
 def _extras(directory: Path) -> dict[str, Any]:

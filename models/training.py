@@ -1,5 +1,10 @@
-"""Distillation under the name that the library promises."""
+"""Distillation under the name that the library promises, with the world of the bundled models at hand."""
 
-from models.distill.training import distill
+from functools import partial
+
+from models.distill.training import distill as distill_on
+from models.shapes.world import SHAPES
+
+distill = partial(distill_on, world=SHAPES)
 
 __all__ = ["distill"]

@@ -129,7 +129,10 @@ async def faked(
     patch: pytest.MonkeyPatch, models: Mapping[str, ModelSpec] | None = None, **settings: Any
 ) -> AsyncIterator[Faked]:
     """The app with a pretended engine behind it."""
-    backbones = {name: SimpleNamespace(spec=spec, scheduler_config={}) for name, spec in (models or specs()).items()}
+    backbones = {
+        name: SimpleNamespace(spec=spec, scheduler_config={}, group=lambda run: "one")
+        for name, spec in (models or specs()).items()
+    }
     app = create_app(Settings(model=tuple(backbones), **settings), {})
     engine = Engine(backbones, {name: 5 + i for i, name in enumerate(backbones)})
     patch.setattr(service, "usage", lambda backbone, run, ran: USAGE)

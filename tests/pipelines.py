@@ -78,11 +78,11 @@ def _unet(**options: Any) -> UNet2DConditionModel:
     )
 
 
-def _clip(projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
+def _clip(width: int = 32, projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
     tokenizer = clip_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=37,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -128,8 +128,8 @@ def _sdxl() -> StableDiffusionXLPipeline:
     )
     return StableDiffusionXLPipeline(
         vae=_vae(),
-        text_encoder=_clip(),
-        text_encoder_2=_clip(projection=True),
+        text_encoder=_clip(24),  # of unlike widths, by which a single file's two are told apart
+        text_encoder_2=_clip(40, projection=True),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
         unet=unet,

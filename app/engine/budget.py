@@ -14,12 +14,12 @@ class Budget:
         self._limit = limit
         self.reserved = 0
 
-    def door(self) -> Door:
+    def admission(self) -> Admission:
         """Who may start in one tick."""
-        return Door(max(0, self._limit - self.reserved), empty=self.reserved == 0)
+        return Admission(max(0, self._limit - self.reserved), empty=self.reserved == 0)
 
 
-class Door:
+class Admission:
     """Lets images start while their needs fit; to be asked in the order in which they came."""
 
     def __init__(self, room: int, *, empty: bool) -> None:

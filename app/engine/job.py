@@ -56,8 +56,8 @@ class Failed:
     error: ServiceError
 
 
-Group = tuple[str, int, int]
-"""What can share a forward: the same model at the same width and height."""
+Group = tuple[str, int, int, Hashable]
+"""What can share a forward: the same model at the same width and height, and what its family keeps apart."""
 
 Event = Queued | Progress | Preview | Finished | Failed
 
@@ -150,6 +150,8 @@ class Job:
     post: Callable[[Event], None]
     progress: bool = False
     previews: int = 0
+    kind: Hashable = ()
+    """Of its group: what the family of its model says of the run."""
     share: Hashable = ""
     weight: float = 1.0
     timing: Timing = field(default_factory=Timing)
@@ -157,7 +159,7 @@ class Job:
     preview_steps: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        group = (self.model, self.run.width, self.run.height)
+        group = (self.model, self.run.width, self.run.height, self.kind)
         self.lanes = [Lane(self, index, group) for index in range(len(self.run.seeds))]
         self.preview_steps = shown(preview_steps(self.previews, len(self.run.steps)), self.run.steps)
         rows = (step.num_rows for step in reversed(self.run.steps))
@@ -165,7 +167,7 @@ class Job:
 
     @property
     def group(self) -> Group:
-        """Equal for jobs that can share a forward: the same model at the same size."""
+        """Equal for jobs that can share a forward."""
         return self.lanes[0].group
 
     @property

@@ -8,7 +8,7 @@ from functools import partial
 
 from app.engine.attempt import attempt, bisect
 from app.engine.batcher import Batcher
-from app.engine.budget import Budget, Door
+from app.engine.budget import Admission, Budget
 from app.engine.caps import Caps
 from app.engine.decoder import Decoder
 from app.engine.job import Event, Failed, Group, Job, Lane, Progress
@@ -76,8 +76,8 @@ class Worker:
 
     def work(self) -> None:
         """One tick and one chunk of decoding, so that neither keeps the other waiting."""
-        door, admitted = self._budget.door(), set[Job]()
-        lanes = self._batcher.next(lambda lane: self._admit(lane.job, door, admitted))
+        admission, admitted = self._budget.admission(), set[Job]()
+        lanes = self._batcher.next(lambda lane: self._admit(lane.job, admission, admitted))
         if lanes:
             self._tick(lanes)
         if len(self._decoder):
@@ -85,9 +85,9 @@ class Worker:
         for backbone in self._backbones.values():  # who was dropped since the last tick held features, too
             backbone.features.trim()
 
-    def _admit(self, job: Job, door: Door, admitted: set[Job]) -> bool:
+    def _admit(self, job: Job, admission: Admission, admitted: set[Job]) -> bool:
         """Whether a job may start: all its images do together, with what they will remember."""
-        if job not in admitted and door.admit(job.run.feature_bytes * len(job.lanes)):
+        if job not in admitted and admission.admit(job.run.feature_bytes * len(job.lanes)):
             admitted.add(job)
         return job in admitted
 
@@ -151,7 +151,7 @@ class Worker:
             self._pace.observe(model, rows, seconds)
         self._metrics.tick_seconds.labels(model).observe(seconds)
         self._metrics.tick_rows.labels(model).observe(rows)
-        self._metrics.tick_plans.labels(model).observe(len({plan.asked for plan in plans}))
+        self._metrics.tick_plans.labels(model).observe(len({plan.signature for plan in plans}))
         self._after(stepped)
 
     def _advance(self, lanes: Sequence[Lane], backbone: Backbone) -> list[Lane]:

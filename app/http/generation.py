@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from app.engine.engine import Engine
 from app.engine.job import Event, Failed, Finished, Job, Pixels, Preview
 from app.errors import ClientGone, DeadlineExceeded, ServiceError
 from app.http.pictures import encode, to_base64
+from app.http.pool import Pool
 from app.http.record import Record
 from app.http.schemas.requests import GenerationRequest, OutputFormat
 from app.http.schemas.responses import GeneratedImage, GenerationBody, TimingBody, UsageBody
+from app.metrics import Metrics
 from models.families.vae import to_pictures
-
-if TYPE_CHECKING:
-    from app.http.service import Service
+from models.reuse.plans import StepRows
 
 _REPEATED = {"prompt", "negative_prompt", "class_label", "timestep_warp"}
 
@@ -45,7 +46,11 @@ class Mailbox:
 class Generation:
     """One accepted request, from its handler's side. Whoever opens it must `leave` it."""
 
-    service: Service
+    engine: Engine
+    metrics: Metrics
+    pool: Pool
+    count: Callable[[Sequence[Sequence[StepRows]]], asyncio.Future[UsageBody]]
+    """What it cost, once it is known what its gates decided."""
     job: Job
     mailbox: Mailbox
     asked: GenerationRequest
@@ -68,7 +73,7 @@ class Generation:
                     self.finished = event
                     if event.ran is not None:  # only now is it known what was computed
                         self.costs.cancel()
-                        self.costs = self.service.count(self.job, event.ran)
+                        self.costs = self.count(event.ran)
                 yield event
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed before the images were done", param="timeout_seconds") from None
@@ -92,7 +97,7 @@ class Generation:
         return await self._body(
             [
                 GeneratedImage(b64_json=data, seed=seed)
-                for data, seed in zip(await self.service.clerk(_all_base64, files), self.job.run.seeds, strict=True)
+                for data, seed in zip(await self.pool.run(_all_base64, files), self.job.run.seeds, strict=True)
             ]
         )
 
@@ -109,7 +114,7 @@ class Generation:
                 queue_seconds=round(timing.queue, 6),
                 denoise_seconds=round(timing.denoise, 6),
                 decode_seconds=round(timing.decode, 6),
-                total_seconds=round(self.service.engine.clock() - self.began, 6),
+                total_seconds=round(self.engine.clock() - self.began, 6),
             ),
             width=run.width,
             height=run.height,
@@ -120,10 +125,10 @@ class Generation:
         """The images of a finished generation as files; counts them."""
         if self.finished is None:
             raise RuntimeError("wait for the generation first")
-        metrics, timing = self.service.metrics, self.job.timing
+        metrics, timing = self.metrics, self.job.timing
         began = time.monotonic()
         files = [
-            await self.service.clerk(_file, image, self.asked.output_format, self.facts(seed), seed)
+            await self.pool.run(_file, image, self.asked.output_format, self.facts(seed), seed)
             for image, seed in zip(self.finished.images, self.job.run.seeds, strict=True)
         ]
         costs = await self.costs
@@ -142,8 +147,8 @@ class Generation:
     async def preview(self, event: Preview) -> str:
         """A partial image as base64."""
         seed = self.job.run.seeds[event.index]
-        file = await self.service.clerk(_file, event.image, self.asked.output_format, self.facts(seed), seed)
-        return await self.service.clerk(to_base64, file)
+        file = await self.pool.run(_file, event.image, self.asked.output_format, self.facts(seed), seed)
+        return await self.pool.run(to_base64, file)
 
     def facts(self, seed: int) -> dict[str, Any]:
         """The request that makes one image again."""
@@ -169,14 +174,14 @@ class Generation:
         self.costs.cancel()
         if self.finished is not None:
             return
-        self.service.engine.cancel(self.job)
+        self.engine.cancel(self.job)
         if isinstance(error, DeadlineExceeded):
-            self.service.metrics.cancelled.labels("deadline").inc()
+            self.metrics.cancelled.labels("deadline").inc()
         elif not isinstance(error, ServiceError) or isinstance(error, ClientGone):
             self.record.failed(ClientGone("the client left before its answer"))
-            self.service.metrics.cancelled.labels("client").inc()
+            self.metrics.cancelled.labels("client").inc()
         elif error.status == 503:
-            self.service.metrics.cancelled.labels("shutdown").inc()
+            self.metrics.cancelled.labels("shutdown").inc()
 
 
 def _file(pixels: Pixels, output_format: OutputFormat, facts: dict[str, Any], seed: int) -> bytes:

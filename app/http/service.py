@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, TypeVar
 
 from app.engine.engine import Engine
 from app.engine.job import Job
 from app.errors import Impossible, ModelNotFound, ServiceError
 from app.http.generation import Generation, Mailbox
 from app.http.pictures import decode_base64, read
+from app.http.pool import Pool
 from app.http.record import Record
 from app.http.schemas.requests import GenerationRequest
 from app.http.schemas.responses import UsageBody
@@ -24,27 +23,19 @@ from app.metrics import Metrics, acceleration_label
 from app.settings import Settings
 from models.backbone import Backbone
 from models.costs.macs import usage
-from models.device import set_threads
 from models.request import Request, Run
 from models.resolve import resolve
 from models.reuse.plans import StepRows
 
-T = TypeVar("T")
-CLERKS = 2
-"""Threads for what is neither the loop's work nor the engine's: reading and writing pictures, checking runs.
-
-Each computes alone: with a second team of OpenMP threads in the process, GCC's runtime takes the cores for
-oversubscribed, puts waiting threads to sleep at once, and a step on the engine's thread takes twice as long.
-"""
-
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that is possible: its model, its run, and the digest of its picture."""
+    """A request that is possible: its model, its run, who may share a forward with it, the digest of its picture."""
 
     model: str
     backbone: Backbone
     run: Run
+    group: Hashable
     digest: str | None
 
 
@@ -55,15 +46,11 @@ class Service:
         self.settings = settings
         self.engine = engine
         self.metrics = metrics
-        self._clerks = ThreadPoolExecutor(CLERKS, "clerk", initializer=set_threads, initargs=(1,))
+        self.pool = Pool()
 
     def close(self) -> None:
-        """Let the clerks go."""
-        self._clerks.shutdown(wait=False, cancel_futures=True)
-
-    async def clerk(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Do something off the loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._clerks, partial(work, *arguments))
+        """Let the pool's threads go."""
+        self.pool.close()
 
     def backbone(self, name: str | None) -> Backbone:
         """A served model; the first where none is named."""
@@ -86,6 +73,7 @@ class Service:
                 run=run,
                 acceleration=acceleration_label(run.accelerators),
                 post=mailbox.post,
+                kind=prepared.group,
                 share=record.client,
                 progress=asked.stream,
                 previews=asked.partial_images if asked.stream else 0,
@@ -95,9 +83,22 @@ class Service:
             if error.outcome == "rejected":
                 self.metrics.rejected.labels(error.code).inc()
             raise
-        costs = loop.run_in_executor(self._clerks, self._usage, prepared.backbone, run)
+        costs = self.pool.submit(self._usage, prepared.backbone, run)
         seconds = asked.timeout_seconds or self.settings.deadline_seconds
-        return Generation(self, job, mailbox, asked, record, began, loop.time() + seconds, costs, prepared.digest)
+        return Generation(
+            engine=self.engine,
+            metrics=self.metrics,
+            pool=self.pool,
+            count=partial(self._count, job),
+            job=job,
+            mailbox=mailbox,
+            asked=asked,
+            record=record,
+            began=began,
+            deadline=loop.time() + seconds,
+            costs=costs,
+            picture_digest=prepared.digest,
+        )
 
     async def prepare(self, asked: GenerationRequest, record: Record, picture: bytes | None = None) -> Prepared:
         """Check a request and resolve it, where the engine takes work. Raises what the client is to be told."""
@@ -107,8 +108,8 @@ class Service:
         record.model = name
         record.acceleration = acceleration_label(asked.accelerators)
         self.limit(asked)
-        run, digest = await self.clerk(self._resolve, backbone, asked, picture)
-        return Prepared(name, backbone, run, digest)
+        run, group, digest = await self.pool.run(self._resolve, backbone, asked, picture)
+        return Prepared(name, backbone, run, group, digest)
 
     def limit(self, asked: GenerationRequest) -> None:
         """Hold a request against the settings. Raises `Impossible` with the field and the limit."""
@@ -127,8 +128,10 @@ class Service:
                 most = settings.max_prompt_length
                 raise Impossible(f"{name}: {len(text)} characters are more than this server's {most}", param=name)
 
-    def _resolve(self, backbone: Backbone, asked: GenerationRequest, data: bytes | None) -> tuple[Run, str | None]:
-        """On a clerk's thread: the uploaded picture, then every check of the library."""
+    def _resolve(
+        self, backbone: Backbone, asked: GenerationRequest, data: bytes | None
+    ) -> tuple[Run, Hashable, str | None]:
+        """On a thread of the pool: the uploaded picture, then every check of the library."""
         spec, limit = backbone.spec, self.settings.max_pixels
         if limit == "auto":
             limit = 4 * spec.native_width * spec.native_height
@@ -155,15 +158,15 @@ class Service:
             class_label=asked.class_label,
         )
         run = resolve(spec, backbone.scheduler_config, request)
-        return run, None if data is None else hashlib.sha256(data).hexdigest()
+        return run, backbone.group(run), None if data is None else hashlib.sha256(data).hexdigest()
 
-    def count(self, job: Job, ran: Sequence[Sequence[StepRows]]) -> asyncio.Future[UsageBody]:
+    def _count(self, job: Job, ran: Sequence[Sequence[StepRows]]) -> asyncio.Future[UsageBody]:
         """What a job cost whose gates had decided."""
         backbone = self.backbone(job.model)
-        return asyncio.get_running_loop().run_in_executor(self._clerks, self._usage, backbone, job.run, ran)
+        return self.pool.submit(self._usage, backbone, job.run, ran)
 
     def _usage(self, backbone: Backbone, run: Run, ran: Sequence[Sequence[StepRows]] | None = None) -> UsageBody:
-        """On a clerk's thread, while the engine works. What cannot be counted keeps no picture from its client."""
+        """On a thread of the pool, while the engine works. What cannot be counted keeps no picture from its client."""
         try:
             return UsageBody(**asdict(usage(backbone, run, ran)))
         except Exception as error:

@@ -280,7 +280,7 @@ class Runner:
 
     async def _same_weights(self, row: Row) -> None:
         """Raise `ModelChanged` where the job's picture would be another than when it was accepted."""
-        digests = await self.service.clerk(self.digests, row["body"]["model"], row["digests"].get("adapter_name"))
+        digests = await self.service.pool.run(self.digests, row["body"]["model"], row["digests"].get("adapter_name"))
         changed = [name for name, digest in digests.items() if row["digests"].get(name) != digest]
         if changed:
             raise ModelChanged(f"the {changed[0]} has other weights than when the job was accepted", param=changed[0])

@@ -63,7 +63,7 @@ class JobService:
             raise Impossible("webhook_url: this server calls no webhooks", param="webhook_url")
         plain = asked.plain()
         new = await self.prepare(plain, owner, record, asked.priority)
-        fingerprint = await self._service.clerk(_fingerprint, asked)
+        fingerprint = await self._service.pool.run(_fingerprint, asked)
         job = NewJob(
             **{**vars(new), "fingerprint": fingerprint, "idempotency_key": key, "webhook_url": asked.webhook_url}
         )
@@ -73,7 +73,7 @@ class JobService:
 
     async def prepare(self, asked: GenerationRequest, owner: str, record: Record, priority: Priority) -> NewJob:
         """A request that is possible as a job, resolved: seed drawn, defaults filled in, its weights' digests noted."""
-        picture = None if asked.image is None else await self._service.clerk(decode_base64, asked.image)
+        picture = None if asked.image is None else await self._service.pool.run(decode_base64, asked.image)
         prepared = await self._service.prepare(asked, record, picture)
         run = prepared.run
         body = asked.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"image", "stream"})
@@ -86,7 +86,7 @@ class JobService:
             "seed": run.seeds[0],
         }
         body |= {"guidance_scale": run.guidance_scale} if run.adapter is None else {}
-        digests = await self._service.clerk(self.runner.digests, prepared.model, run.adapter)
+        digests = await self._service.pool.run(self.runner.digests, prepared.model, run.adapter)
         digests |= {"adapter_name": run.adapter} if run.adapter is not None else {}
         digests |= {"image": prepared.digest} if prepared.digest is not None else {}
         return NewJob(

@@ -1,4 +1,4 @@
-"""The store: one door to the database and to the bytes beside it, from any thread or from the loop."""
+"""The store: the one way to the database and to the bytes beside it, from any thread or from the loop."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ arXiv:2503.07274), and costs nothing extra: the teacher's guided prediction is t
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,12 +21,18 @@ from models.errors import RequestError
 from models.request import Request
 from models.resolve import resize, resolve
 from models.reuse.rows import Conditioning
-from models.shapes.shapes import render, sample_scene
 from models.solvers.names import noise_schedule
 
 Prompts = Callable[[int], str]
 """The n-th prompt of an endless, repeatable line."""
 Pictures = Sequence[tuple[Image.Image, str]]
+
+
+class World(NamedTuple):
+    """Where captions and captioned pictures of what a model draws can be made: of a seed, of a count and a seed."""
+
+    prompts: Callable[[int], Prompts]
+    pictures: Callable[[int, int], Pictures]
 
 
 class Batch(NamedTuple):
@@ -155,29 +160,6 @@ class Noised(Source):
         times = (slices * self._backbone.spec.num_train_timesteps).long()
         x = self.scheduler.add_noise(self._latents[chosen], noise, times).to(self._backbone.device)
         return self._batch(x, times.tolist(), [self._captions[n] for n in chosen.tolist()])
-
-
-def shape_prompts(seed: int = 0) -> Prompts:
-    """Captions of the bundled models' world, without the combinations that are held out."""
-
-    def prompt(number: int) -> str:
-        rng = random.Random(f"{seed}/{number}")
-        while (scene := sample_scene(rng, pair_share=0.75)).held_out:
-            pass
-        return scene.caption
-
-    return prompt
-
-
-def shape_pictures(count: int, seed: int = 0) -> Pictures:
-    """Rendered scenes of the bundled models' world, without the combinations that are held out."""
-    rng = random.Random(seed)
-    pairs: list[tuple[Image.Image, str]] = []
-    while len(pairs) < count:
-        scene = sample_scene(rng, pair_share=0.75)
-        if not scene.held_out:
-            pairs.append((render(scene, rng), scene.caption))
-    return pairs
 
 
 def read_pictures(folder: Path) -> Pictures:

@@ -14,9 +14,8 @@ from models.distill.data import (
     Prompts,
     Source,
     Trajectories,
+    World,
     read_pictures,
-    shape_pictures,
-    shape_prompts,
 )
 from models.distill.settings import TRAJECTORIES, Settings, header, remember, trained_steps
 from models.distill.student import Pair
@@ -48,13 +47,15 @@ def distill(
     device: str = "auto",
     precision: str = "auto",
     checkpoint_seconds: float = 60.0,
+    world: World | None = None,
 ) -> Path:
     """Train a single-pass student of `model` (name, directory or hub id) and return its LoRA file in `output`.
 
     `data` is "trajectories" (the teacher's guided DDIM runs of `num_inference_steps`, prompts only), "own" (the same by
-    the student itself), "shapes" (noised rendered scenes), or a directory of pictures with captions, noised. Where
-    `prompts` are empty, a model of the shapes world gets its captions. An interrupted run goes on where it was, and so
-    does a finished one that is given more `steps`, or its "own" way after the teacher's "trajectories".
+    the student itself), "shapes" (noised pictures of `world`), or a directory of pictures with captions, noised. Where
+    `prompts` are empty, a model that says how its prompts are built gets those of `world`. An interrupted run goes on
+    where it was, and so does a finished one that is given more `steps`, or its "own" way after the teacher's
+    "trajectories".
     `start_from`: students' files to train on, from their mean (with 0 `steps` the mean alone: a model soup of runs with
     unlike seeds, arXiv:2203.05482). `relative` and `muon` are `DistillTask`'s.
     Weights are float32; `precision` "bfloat16" takes products in less ("auto": where the hardware is made for it).
@@ -95,7 +96,7 @@ def distill(
         return pair.save(output, longest)
     folder = output / "training"
     remember(folder, settings)
-    source = _source(backbone, settings, prompts)
+    source = _source(backbone, settings, prompts, world)
     if not (folder / "student.safetensors").exists():
         if start_from:
             pair.load(start_from)
@@ -125,19 +126,21 @@ def _fast(precision: str, backbone: Backbone) -> bool:
     return fast_bfloat16(backbone.device)
 
 
-def _source(backbone: Backbone, settings: Settings, prompts: Sequence[str]) -> Source:
+def _source(backbone: Backbone, settings: Settings, prompts: Sequence[str], world: World | None) -> Source:
     steps, rows = settings.num_inference_steps, settings.batch
     if settings.data in TRAJECTORIES:
-        lines = _prompts(backbone, prompts, settings.seed)
+        lines = _prompts(backbone, prompts, settings.seed, world)
         return Trajectories(backbone, steps, lines, rows, settings.seed, own=settings.data == "own")
-    shapes = settings.data == "shapes"
-    pictures = shape_pictures(RENDERED_PICTURES, settings.seed) if shapes else read_pictures(Path(settings.data))
-    return Noised(backbone, steps, pictures, rows)
+    if settings.data != "shapes":
+        return Noised(backbone, steps, read_pictures(Path(settings.data)), rows)
+    if world is None:
+        raise RequestError("data", "shapes are of a world, and none is given")
+    return Noised(backbone, steps, world.pictures(RENDERED_PICTURES, settings.seed), rows)
 
 
-def _prompts(backbone: Backbone, prompts: Sequence[str], seed: int) -> Prompts:
+def _prompts(backbone: Backbone, prompts: Sequence[str], seed: int, world: World | None) -> Prompts:
     if prompts:
         return lambda number: prompts[number % len(prompts)]
-    if backbone.spec.prompt_grammar is None:
+    if backbone.spec.prompt_grammar is None or world is None:
         raise RequestError("prompts", f"{backbone.spec.name} does not say what it draws; give prompts to distil on")
-    return shape_prompts(seed)
+    return world.prompts(seed)

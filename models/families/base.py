@@ -134,10 +134,14 @@ class Family(ABC):
         Roles other than the conditional only where the run is guided. Raises a `RequestError` that names the field.
         """
 
-    def group(self, conditioning: Mapping[Role, Conditioning]) -> Hashable:
-        """Equal for runs whose rows may share a forward without one changing another's result."""
-        shapes = {(name, tuple(t.shape)) for one in conditioning.values() for name, t in one.items()}
-        return tuple(sorted(shapes))
+    def group(self, parts: Parts, run: Run) -> Hashable:
+        """Equal for runs whose rows may share a forward without one changing another's result.
+
+        Known before anything is encoded: here the length of the text, to which prompts are padded; embeddings that are
+        given may have another. Any thread may ask.
+        """
+        given = run.request.prompt_embeds
+        return parts.text_tokens if given is None else given.shape[1]
 
     # Latents and pixels
 

@@ -176,8 +176,9 @@ def computes(sites: Sites, reads: Mapping[Site, Reading], feature: Feature) -> b
     if (own := reads.get(feature.site)) is not None:
         return feature.kind in own.reuse.leaves
     span = sites.span(feature.site)
-    skipped = (site for site, reading in reads.items() if isinstance(reading.reuse, Zeros | Recall))
-    return not any(contains(sites.span(site), span) for site in skipped)
+    skipped = [sites.span(site) for site, reading in reads.items() if isinstance(reading.reuse, Zeros | Recall)]
+    # What is skipped may lie apart, or deeper inside; a site that is run in part has nothing to remember.
+    return all(disjoint(other, span) or (contains(span, other) and other != span) for other in skipped)
 
 
 def _link(sites: Sites, views: Sequence[View | None], restarts: frozenset[int] = frozenset()) -> list[RowPlan | None]:

@@ -142,7 +142,7 @@ class RowPlan:
     gating: Gating | None = None
 
     @property
-    def asked(self) -> tuple[object, ...]:
+    def signature(self) -> tuple[object, ...]:
         """Equal for rows that are asked for the same, whatever they remember."""
         gated = None if self.gating is None or self.gating.forced else (self.gating.site, self.gating.gated)
         return self.adapter, frozenset((site, reading.reuse) for site, reading in self.reads.items()), gated
@@ -187,9 +187,9 @@ class StepRows:
         return self.foretold or any(plan.reduced for plan in self)
 
     @property
-    def asked(self) -> tuple[object, ...]:
+    def signature(self) -> tuple[object, ...]:
         """Equal for steps that are asked for the same."""
-        return tuple(plan.asked for plan in self)
+        return tuple(plan.signature for plan in self)
 
     def __iter__(self) -> Iterator[RowPlan]:
         return (plan for plan in (self.conditional, *(self.unconditional,) * self.guides) if plan is not None)

@@ -162,7 +162,7 @@ def batched(
         if not tick:
             return clients.outcome
         clients.outcome.rows.append(sum(item.num_rows for item in tick))
-        clients.outcome.plans.append(len({item.trajectory.plan.asked for item in tick}))
+        clients.outcome.plans.append(len({item.trajectory.plan.signature for item in tick}))
         advance(backbone, [item.trajectory for item in tick])
         finished = [item for item in tick if item.trajectory.done]
         for item in tick:
@@ -185,7 +185,7 @@ def mixed(item: Item) -> Hashable:
 
 def equal_plan(item: Item) -> Hashable:
     """Only rows whose coming step does the same share a tick."""
-    return item.trajectory.plan.asked
+    return item.trajectory.plan.signature
 
 
 def equal_settings(item: Item) -> Hashable:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from models.request import Run
 from models.resolve import resolve
 from models.reuse.plans import Role, RowPlan
 from models.reuse.rows import Conditioning, Row
+from tests.serving import hooked, serving
 from tests.single_file import save_single_file
 
 Backbones = Callable[..., Backbone]
@@ -284,6 +286,63 @@ def test_one_safetensors_file(single: Path, configs: Callable[[str], Path], back
     assert (backbone.spec.name, backbone.spec.layout) == ("tiny.v1", "sd")
     request = Request(prompt=PROMPT, negative_prompt=NEGATIVE, seed=3, num_inference_steps=3, width=48, height=32)
     [ours], [directory] = (generate(one, [request]) for one in (backbone, backbone_of("sd")))
+    assert torch.equal(ours.latents, directory.latents)
+    assert np.array_equal(np.asarray(ours.images[0]), np.asarray(directory.images[0]))
+
+
+@pytest.mark.parametrize(("given", "complaint"), [("fast", "auto, exact or batched"), ("", "auto, exact or batched")])
+def test_a_stepping_that_there_is_not(given: Any, complaint: str, pipeline_dir: Directories) -> None:
+    with pytest.raises(ModelLoadError, match=f"stepping: '{given}' is not {complaint}"):
+        load(str(pipeline_dir("sd")), stepping=given)
+
+
+@pytest.mark.parametrize("given", ["float7", "int8", "nn"])
+def test_a_dtype_that_there_is_not(given: str, pipeline_dir: Directories) -> None:
+    with pytest.raises(ModelLoadError, match=f"dtype: '{given}' is not auto or one of torch's floating-point types"):
+        load(str(pipeline_dir("sd")), dtype=given)
+
+
+class ByWords(StableDiffusion):
+    """Prompts of unlike numbers of words keep apart."""
+
+    def group(self, parts: Any, run: Run) -> int:
+        """Known from the text alone."""
+        return len(str(run.request.prompt).split())
+
+
+def test_a_family_keeps_prompts_apart_in_the_library_and_in_the_server(backbone_of: Backbones) -> None:
+    """The server knows it before anything is encoded: who may not share a forward is in another group."""
+    words: list[set[int]] = []
+
+    def look(rows: Sequence[Row]) -> None:
+        owners: list[Any] = [row.owner for row in rows]
+        words.append({owner.kind for owner in owners})
+
+    backbone = hooked(replace(backbone_of("sd"), family=ByWords()), look)
+    prompts = ["a ring", "a red ring", "a star", "a blue star"]
+    common: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0, "width": 32, "height": 32}
+    generate(backbone, [Request(prompt=prompt, **common) for prompt in prompts])
+    assert words == [{2}, {3}] * 2
+    words.clear()
+
+    async def ask() -> list[int]:
+        async with serving({"sd": backbone}) as served:
+            answers = await asyncio.gather(*(served.post(prompt=prompt, **common) for prompt in prompts))
+            return [answer.status_code for answer in answers]
+
+    assert asyncio.run(ask()) == [200] * 4
+    assert {number for numbers in words for number in numbers} == {0, 2, 3}  # it warms up without a word
+    assert all(len(numbers) == 1 for numbers in words)
+
+
+def test_one_file_of_sdxl(
+    pipeline_of: Callable[..., Any], configs: Callable[[str], Path], backbone_of: Backbones, tmp_path: Path
+) -> None:
+    file = save_single_file(pipeline_of("sdxl"), tmp_path / "xl.safetensors")
+    backbone = load(str(file), config=configs("sdxl"), device="cpu", dtype="float32")
+    assert (backbone.spec.name, backbone.spec.layout) == ("xl", "sdxl")
+    request = Request(prompt=PROMPT, negative_prompt=NEGATIVE, seed=3, num_inference_steps=3, width=48, height=32)
+    [ours], [directory] = (generate(one, [request]) for one in (backbone, backbone_of("sdxl")))
     assert torch.equal(ours.latents, directory.latents)
     assert np.array_equal(np.asarray(ours.images[0]), np.asarray(directory.images[0]))
 

@@ -32,12 +32,12 @@ def picture(size: tuple[int, int] = (40, 24), kind: str = "PNG") -> bytes:
 
 
 @aio
-async def test_clerks_compute_alone(student_of: Student) -> None:
+async def test_threads_of_the_pool_compute_alone(student_of: Student) -> None:
     """A second team of OpenMP threads in the process would double the time of every step on the engine's."""
     async with serving({"sd": student_of("sd")}) as served:
         torch.set_num_threads(2)
         try:
-            assert await served.app.state.service.clerk(torch.get_num_threads) == 1
+            assert await served.app.state.service.pool.run(torch.get_num_threads) == 1
         finally:
             torch.set_num_threads(1)
 

@@ -137,6 +137,7 @@ class FakeBackbone:
         return torch.tensor(seeds, dtype=x.dtype).view(-1, 1, 1, 1).expand_as(x)
 
     prepare = Backbone.prepare
+    group = Backbone.group
     conditioning = Backbone.conditioning
     release = Backbone.release
 

@@ -340,7 +340,7 @@ def test_nobody_is_asked_once_the_tick_is_full() -> None:
     ("limit", "reserved", "needs", "expected"),
     [
         (100, 0, [40, 40, 40], "110"),
-        (100, 90, [40, 5, 0], "001"),  # the first that does not fit closes the door for all who need something
+        (100, 90, [40, 5, 0], "001"),  # the first that does not fit closes it for all who need something
         (100, 0, [400, 1], "10"),  # more than there is: goes alone, when nobody holds anything
         (100, 1, [400, 1], "00"),
         (0, 0, [1, 1], "10"),
@@ -350,8 +350,8 @@ def test_nobody_is_asked_once_the_tick_is_full() -> None:
 def test_the_budget_for_features(limit: int, reserved: int, needs: list[int], expected: str) -> None:
     budget = Budget(limit)
     budget.reserved = reserved
-    door = budget.door()
-    assert "".join(str(int(door.admit(need))) for need in needs) == expected
+    admission = budget.admission()
+    assert "".join(str(int(admission.admit(need))) for need in needs) == expected
 
 
 def test_discard_is_forgiving_and_complete() -> None:

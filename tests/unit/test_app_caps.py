@@ -8,8 +8,8 @@ import pytest
 
 from app.engine.caps import MOST_GROUPS, PATIENCE, Caps
 
-GROUP = ("sd", 64, 48)
-OTHER = ("sd", 48, 64)
+GROUP = ("sd", 64, 48, 77)
+OTHER = ("sd", 48, 64, 77)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_fall_begins_the_count_anew() -> None:
 def test_each_group_has_its_own() -> None:
     caps = Caps(lambda group: {"sd": 64, "dit": 8}[group[0]])
     caps.fell(GROUP, 64)
-    assert [caps(group) for group in (GROUP, OTHER, ("dit", 64, 48))] == [32, 64, 8]
+    assert [caps(group) for group in (GROUP, OTHER, ("dit", 64, 48, 77))] == [32, 64, 8]
     for _ in range(PATIENCE):
         caps.held(OTHER, 64)
     assert caps(GROUP) == 32
@@ -78,6 +78,6 @@ def test_each_group_has_its_own() -> None:
 def test_groups_are_bounded_and_the_one_that_fell_longest_ago_makes_room() -> None:
     caps = Caps(lambda group: 64)
     for side, _ in zip(count(8, 8), range(MOST_GROUPS + 1), strict=False):
-        caps.fell(("sd", side, 8), 64)
-    assert caps(("sd", 8, 8)) == 64
-    assert caps(("sd", 16, 8)) == 32
+        caps.fell(("sd", side, 8, 77), 64)
+    assert caps(("sd", 8, 8, 77)) == 64
+    assert caps(("sd", 16, 8, 77)) == 32

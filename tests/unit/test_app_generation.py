@@ -320,5 +320,5 @@ async def test_the_applications_end_answers_what_is_left_and_ends_its_threads() 
         assert raised.value.retry_after == 1
     assert (engine.state, engine.jobs, it.backbone.ticks) == ("stopped", 0, [[1]])
     with pytest.raises(RuntimeError, match="shutdown"):
-        await service.clerk(int)
-    await until(lambda: not {t for t in set(threading.enumerate()) - before if t.name.startswith(("engine", "clerk"))})
+        await service.pool.run(int)
+    await until(lambda: not {t for t in set(threading.enumerate()) - before if t.name.startswith(("engine", "pool"))})

@@ -14,7 +14,7 @@ from tests.unit.fakes import Hand, make_job
 
 def test_images_of_one_model_and_size_share_a_forward() -> None:
     job = make_job(images=3, width=24, height=16)
-    assert job.group == ("unet", 24, 16)
+    assert job.group == ("unet", 24, 16, ())
     assert [(lane.job, lane.index, lane.group) for lane in job.lanes] == [(job, i, job.group) for i in range(3)]
     assert make_job(width=24, height=16, steps=9, **GUIDED).group == job.group
     others = [

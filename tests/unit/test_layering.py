@@ -98,9 +98,11 @@ def test_what_a_request_is_leads_to_no_model() -> None:
     assert not of_families & {"models.backbone", "models.loading", "models.costs.macs", "models.generate"}
 
 
-def test_quality_is_given_its_judge() -> None:
-    for file in sorted((ROOT / "models" / "quality").glob("*.py")):
-        assert not any(name.startswith("models.shapes") for name in every_import(file))
+def test_quality_is_given_its_judge_and_distilling_its_world() -> None:
+    for folder in ("quality", "distill"):
+        for file in sorted((ROOT / "models" / folder).glob("*.py")):
+            assert not any(name.startswith("models.shapes") for name in every_import(file))
+    assert "models.shapes.world" in every_import(ROOT / "models" / "training.py")
     assert "models.shapes.judge" in every_import(ROOT / "app" / "commands" / "evaluate.py")
 
 

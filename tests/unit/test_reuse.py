@@ -272,6 +272,33 @@ def test_what_lies_inside_a_site_that_is_not_run_is_neither_read_nor_remembered(
     assert keeps(steps) == [set()] * 4
 
 
+@pytest.mark.parametrize(
+    ("skipped", "newest"),
+    [
+        pytest.param(blocks(4, 5), 1, id="apart"),
+        pytest.param(blocks(2, 3), 1, id="inside"),
+        pytest.param(blocks(0, 2), 0, id="overlaps its beginning"),
+        pytest.param(blocks(3, 5), 0, id="overlaps its end"),
+        pytest.param(blocks(0, 4), 0, id="around"),
+        pytest.param(blocks(1, 4), 0, id="the same"),
+    ],
+)
+def test_a_range_that_was_run_in_part_is_not_remembered(skipped: Site, newest: int) -> None:
+    """Step 0 runs everything, step 1 all but one range, and step 2 reads blocks 1..4 as they were last run whole."""
+    of = blocks(1, 4)
+
+    class Ranges(Accelerator):
+        mode: str = "ranges"
+
+        def plan(self, step: int, num_steps: int) -> StepPlan:
+            return StepPlan({} if step == 0 else {(skipped if step == 1 else of): Recall()})
+
+    steps = compiler.compile_run(replace(DIT_SITES, depth=5), (Ranges(),), 3, False)
+    last = steps[2].conditional
+    assert last is not None
+    assert [at for _, at in last.reads[of].entries] == [newest]
+
+
 def test_the_peak_of_memory_follows_from_the_plans() -> None:
     """Three entries of order 2 overlap only where the third is there."""
     one = 4 * 8 * 8 * 8

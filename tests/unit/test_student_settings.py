@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from models.distill.data import read_pictures, shape_pictures, shape_prompts
+from models.distill.data import read_pictures
 from models.distill.settings import Settings, header, remember, trained_steps
 from models.errors import RequestError
 from models.fit.loop import Options
+from models.shapes.world import SHAPES
 
 SETTINGS = Settings(
     model="hash",
@@ -143,11 +144,11 @@ def test_pictures_are_read_with_their_captions(tmp_path: Path) -> None:
 
 
 def test_captions_are_repeatable_and_leave_out_what_is_held_out() -> None:
-    first, again, other = shape_prompts(1), shape_prompts(1), shape_prompts(2)
+    first, again, other = SHAPES.prompts(1), SHAPES.prompts(1), SHAPES.prompts(2)
     numbers = range(6)
     assert [first(n) for n in numbers] == [again(n) for n in reversed(numbers)][::-1]
     assert [first(n) for n in numbers] != [other(n) for n in numbers]
-    pictures = shape_pictures(3, seed=1)
+    pictures = SHAPES.pictures(3, 1)
     assert len(pictures) == 3
-    assert [caption for _, caption in pictures] == [caption for _, caption in shape_pictures(3, seed=1)]
-    assert [caption for _, caption in pictures] != [caption for _, caption in shape_pictures(3, seed=2)]
+    assert [caption for _, caption in pictures] == [caption for _, caption in SHAPES.pictures(3, 1)]
+    assert [caption for _, caption in pictures] != [caption for _, caption in SHAPES.pictures(3, 2)]

@@ -98,7 +98,13 @@ class GenerationFields(BaseModel):
     acceleration: Acceleration | None = Field(None, description="One accelerator, or a list of them, composed.")
     output_format: OutputFormat = Field("png", description="How images are encoded.")
     stream: bool = Field(False, description="Answer with Server-Sent Events.")
-    partial_images: int = Field(0, ge=0, le=10, description="Previews in a stream.")
+    partial_images: int = Field(
+        0,
+        ge=0,
+        le=10,
+        description="Previews in a stream, evenly spread over its steps. Steps that are foretold pass at once: the "
+        "previews that fall among them are one, after them.",
+    )
     timeout_seconds: float | None = Field(None, gt=0, description="Deadline; at most, and by default, the server's.")
 
     @property
