@@ -85,6 +85,9 @@ class Metrics:
         self.ready = gauge("ready", "1 where new work is taken.")
         self.jobs = gauge("jobs", "Jobs in the store.", "status")
         self.recovered = counter("jobs_recovered_total", "Jobs taken up again that a server had left unfinished.")
+        self.webhooks = counter(
+            "webhook_deliveries_total", "Tries to deliver a webhook, by what came of them.", "outcome"
+        )
         self.build = Info("slipstream_build", "What is running.", registry=registry)
         registry.register(_DeviceCollector())
         for collector in (ProcessCollector, PlatformCollector, GCCollector):

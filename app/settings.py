@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -98,12 +100,24 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(200 * 2**20, ge=1024, description="Size of a file of lines for a batch.")
     max_batch_lines: int = Field(50_000, ge=1, le=1_000_000, description="Lines of a batch.")
 
+    webhook_origins: Names = Field(
+        (), description="Origins that jobs may name as webhook_url (https://example.com); none: no webhooks."
+    )
+    webhook_secret: SecretStr | None = Field(
+        None, description="Signs webhooks: whsec_ and the base64 of 24 to 64 random bytes."
+    )
+    webhook_networks: Names = Field(
+        (), description="Networks (10.0.0.0/8) of webhooks that are not of the public Internet."
+    )
+
     log_format: Literal["auto", "json", "human"] = Field("auto", description="auto: human on a terminal, else json.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity logged.")
     log_file: Path | None = Field(None, description="Log into this file instead of standard error.")
 
     @field_validator(
-        "model", "adapter", "plan", "profile", "config", "depth", "api_keys", "cors_origins", mode="before"
+        *("model", "adapter", "plan", "profile", "config", "depth", "api_keys", "cors_origins"),
+        *("webhook_origins", "webhook_networks"),
+        mode="before",
     )
     @classmethod
     def _split(cls, value: object) -> object:
@@ -111,6 +125,33 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("webhook_networks")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            ip_network(network)
+        return value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _secret(cls, value: SecretStr | None) -> SecretStr | None:
+        """A secret of Standard Webhooks."""
+        if value is not None:
+            prefix, key = value.get_secret_value()[:6], value.get_secret_value()[6:]
+            try:
+                length = len(b64decode(key, validate=True))
+            except ValueError:
+                length = 0
+            if prefix != "whsec_" or not 24 <= length <= 64:
+                raise ValueError("must be whsec_ and the base64 of 24 to 64 bytes")
+        return value
+
+    @model_validator(mode="after")
+    def _webhooks(self) -> Self:
+        if self.webhook_origins and self.webhook_secret is None:
+            raise ValueError("webhook_origins: give webhook_secret too, which signs them")
+        return self
 
     @model_validator(mode="after")
     def _served(self) -> Self:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -273,8 +275,8 @@ class Jobs:
         for row in rows:
             if row["webhook_url"] is not None:
                 delivery = {"id": new_id("msg"), "job_id": row["id"], "url": row["webhook_url"]}
-                payload = {"payload": f"image.job.{status}", "next_at": now, "attempts": 0}
-                connection.execute(sa.insert(DELIVERIES).values(**delivery, **payload))
+                told = {"payload": told_of(row), "next_at": now, "attempts": 0}
+                connection.execute(sa.insert(DELIVERIES).values(**delivery, **told))
         return rows
 
     # Giving up
@@ -313,6 +315,16 @@ def behind_or_at(place: tuple[float, int]) -> sa.ColumnElement[bool]:
     """Jobs whose turn is a place, or after it."""
     turn, seq = place
     return sa.or_(JOBS.c.turn > turn, sa.and_(JOBS.c.turn == turn, JOBS.c.seq >= seq))
+
+
+def told_of(row: Row) -> str:
+    """What a webhook says of a job that is over: enough to know which, and to fetch the rest."""
+    error = row["error"] and {name: row["error"][name] for name in ("message", "type", "param", "code")}
+    job = {"id": row["id"], "object": "image.job", "status": row["status"], "model": row["body"].get("model")}
+    job |= {"seed": row["body"].get("seed"), "error": error}
+    job |= {name: int(row[name]) for name in ("created_at", "completed_at")}
+    moment = datetime.fromtimestamp(row["completed_at"], UTC).isoformat()
+    return json.dumps({"type": f"image.job.{row['status']}", "timestamp": moment, "data": job})
 
 
 def described(error: ServiceError) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from app.jobs.queue import Jobs, NewJob, Priority
 from app.jobs.retention import Retention
 from app.jobs.runner import PICTURE, Runner
 from app.jobs.store import Row, Store
+from app.jobs.webhooks import Allowed, Webhooks
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -41,7 +42,14 @@ class JobService:
         retention = Retention(self.keep_seconds, settings.keep_jobs, settings.store_bytes)
         self.files = Files(self.store)
         self.batches = Batches(self.store, self.jobs, self.keep_seconds)
-        self.runner = Runner(self.jobs, service, retention, [Driver(self.batches, self, settings).advance])
+        self.webhooks: Webhooks | None = None
+        chores = [Driver(self.batches, self, settings).advance]
+        if settings.webhook_secret is not None and settings.webhook_origins:
+            allowed = Allowed(settings.webhook_origins, settings.webhook_networks)
+            secret = settings.webhook_secret.get_secret_value()
+            self.webhooks = Webhooks(self.store, allowed, secret, service.metrics)
+            chores.append(self.webhooks.deliver)
+        self.runner = Runner(self.jobs, service, retention, chores)
         self._service = service
 
     async def start(self) -> None:
@@ -60,7 +68,9 @@ class JobService:
     async def submit(self, asked: JobRequest, owner: str, key: str | None, record: Record) -> tuple[Row, bool]:
         """Accept a job: on the disk when this returns. The job, and whether it is new."""
         if asked.webhook_url is not None:
-            raise Impossible("webhook_url: this server calls no webhooks", param="webhook_url")
+            if self.webhooks is None:
+                raise Impossible("webhook_url: this server calls no webhooks", param="webhook_url")
+            self.webhooks.allowed.check(asked.webhook_url)
         plain = asked.plain()
         new = await self.prepare(plain, owner, record, asked.priority)
         fingerprint = await self._service.pool.run(_fingerprint, asked)

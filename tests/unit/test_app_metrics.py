@@ -50,6 +50,7 @@ WANTED = {
     "ready": ("gauge", ""),
     "jobs": ("gauge", "status"),
     "jobs_recovered": ("counter", ""),
+    "webhook_deliveries": ("counter", "outcome"),
     "slipstream_build": ("info", ""),
 }
 
