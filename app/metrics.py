@@ -68,6 +68,10 @@ class Metrics:
             "network_evaluations_total", "Predictions of images' steps, computed or foretold.", "model", "kind"
         )
         self.forecasts = counter("forecast_steps_total", "Steps of images whose whole prediction was foretold.")
+        self.choices = counter(
+            "auto_choices_total", "Runs that auto chose, by the candidate of a profile.", "model", "candidate"
+        )
+        self.moved = counter("auto_moved_total", "Flexible requests that were made cheaper for their deadline.")
         self.macs = counter(
             "macs_total", "Multiply-accumulates of finished requests, computed or saved.", "model", "kind"
         )

@@ -42,6 +42,10 @@ class PlanMismatch(RequestError):
     """A DiTFastAttn plan that was searched for another model, scheduler, step count or size."""
 
 
+class NoProfile(RequestError):
+    """`auto` on a run that no profile of the model was measured for."""
+
+
 class NonFiniteLatents(SlipstreamError):
     """The denoising of one trajectory ended in NaN or infinity."""
 

@@ -147,4 +147,4 @@ def finish(backbone: Backbone, run: Run, trajectories: Sequence[Trajectory]) -> 
     latents = torch.cat([trajectory.latents for trajectory in trajectories])
     pictures = to_pictures(backbone.decode(latents))
     ran = [effective_steps(trajectory) for trajectory in trajectories] if any(t.ran for t in trajectories) else None
-    return Result(pictures, latents, run.seeds, run.accelerators, usage(backbone, run, ran))
+    return Result(pictures, latents, run.seeds, run.accelerators, usage(backbone, run, ran), run.profile)

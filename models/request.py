@@ -12,6 +12,7 @@ from torch import Tensor
 from models.accelerators import Accelerator
 from models.costs.usage import Usage
 from models.guidance import Scales
+from models.profiles.choice import Chosen
 from models.reuse.plans import StepRows
 from models.solvers.names import NoiseSchedule
 
@@ -23,7 +24,8 @@ class Request:
     In place of text, what diffusers' pipelines take: `prompt_embeds` [1, tokens, dim] with their mask [1, tokens] and,
     for SDXL, `pooled_prompt_embeds` [1, dim]; `class_label` for class-conditional models; `latents`
     [num_images, channels, height / scale, width / scale] as the starting noise, of unit variance.
-    Image `i` of `num_images` is drawn from `seed + i`.
+    Image `i` of `num_images` is drawn from `seed + i`. `quality` (low, medium, high, auto) may stand in place of
+    `acceleration`.
     """
 
     prompt: str | None = None
@@ -39,6 +41,7 @@ class Request:
     strength: float = 0.8
     timestep_warp: float = 1.0
     acceleration: Accelerator | Sequence[Accelerator] = ()
+    quality: str | None = None
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
     prompt_attention_mask: Tensor | None = None
@@ -90,6 +93,7 @@ class Run:
     feature_bytes: int  # the most that one image remembers between steps
     seeds: tuple[int, ...]
     adapter: str | None
+    profile: Chosen | None = None  # where `auto` chose
 
     @property
     def scales(self) -> Scales:
@@ -114,10 +118,12 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The images of one request, their final latents [num_images, channels, h, w], seeds, and what they cost."""
+    """The images of one request, their final latents [num_images, channels, h, w], seeds, what they cost, and what was
+    chosen where `auto` was asked for."""
 
     images: list[Image.Image]
     latents: Tensor
     seeds: tuple[int, ...]
     acceleration: tuple[Accelerator, ...]
     usage: Usage = field(repr=False)
+    profile: Chosen | None = None

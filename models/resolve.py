@@ -9,9 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from models.accelerators import Accelerator, bind
+from models.accelerators import Accelerator, Auto, bind, from_mode
 from models.accelerators.base import needs_guidance
-from models.errors import OutOfRange, RequestError, WrongBackbone
+from models.errors import AcceleratorConflict, NoProfile, OutOfRange, RequestError, WrongBackbone
+from models.profiles.choice import QUALITIES, Chosen, Outlook, choose, find, promises
 from models.request import Request, Run
 from models.reuse.compile import compile_run, feature_bytes
 from models.solvers.names import REGISTRY, NoiseSchedule, noise_schedule
@@ -34,8 +35,66 @@ OPTIONAL_INPUTS = frozenset(
 """Fields that only some families have a use for. Elsewhere they are refused, not ignored."""
 
 
-def resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Request) -> Run:
-    """Check a request against a model and fill in its defaults. Touches no device; safe on any thread."""
+def resolve(
+    model: ModelSpec, scheduler_config: Mapping[str, Any], request: Request, outlook: Outlook | None = None
+) -> Run:
+    """Check a request against a model and fill in its defaults. Touches no device; safe on any thread.
+
+    Where it asks for `auto`, what it becomes is chosen here; `outlook` is what a server expects of the run.
+    """
+    wish = wish_of(request)
+    if wish is None:
+        return _resolve(model, scheduler_config, request)
+    plain = _resolve(model, scheduler_config, replace(request, acceleration=(), quality=None))
+    _measured(request)
+    facts = {name: getattr(plain, name) for name in ("scheduler", "num_inference_steps", "width", "height")}
+    closest = model.profile(**facts)
+    guidance = plain.guidance_scale if len(model.roles) > 1 else None
+    name, profile, differences = find(model.profiles, closest, {**facts, "guidance_scale": guidance}, wish, model.name)
+    refused: dict[str, RequestError] = {}  # a student that is not loaded here, or that a negative prompt rules out
+    while len(refused) < len(profile.all):
+        candidate, moved = choose(profile, wish, outlook, refused)
+        asked = replace(
+            request,
+            scheduler=candidate.scheduler,
+            num_inference_steps=candidate.num_inference_steps,
+            acceleration=[from_mode(mode) for mode in candidate.acceleration],
+            quality=None,
+        )
+        try:
+            run = _resolve(model, scheduler_config, asked)
+        except RequestError as error:
+            refused[candidate.name] = error
+            continue
+        promised = promises(profile, candidate)
+        return replace(run, profile=Chosen(name, candidate.name, promised, tuple(differences), moved))
+    raise NoProfile("acceleration", f"no run of profile {name} is possible here: {next(iter(refused.values()))}")
+
+
+def wish_of(request: Request) -> Auto | None:
+    """What a request wishes for in place of a mode, by `auto` or by `quality`."""
+    if request.quality is not None:
+        if request.accelerators:
+            raise AcceleratorConflict("quality", "it stands in place of acceleration; give one of them")
+        if request.quality not in QUALITIES:
+            raise OutOfRange("quality", f"{request.quality!r} is not one of {', '.join(QUALITIES)}")
+        prefer = QUALITIES[request.quality]
+        return None if prefer is None else Auto(prefer=prefer)
+    wishes = [one for one in request.accelerators if isinstance(one, Auto)]
+    if wishes and len(request.accelerators) > 1:
+        raise AcceleratorConflict("acceleration", "auto chooses all of the acceleration: it stands alone")
+    return wishes[0] if wishes else None
+
+
+def _measured(request: Request) -> None:
+    """Profiles are measured on runs from pure noise, with the scheduler's own time steps."""
+    if request.image is not None:
+        raise AcceleratorConflict("image", "auto was measured on text-to-image; give a mode of acceleration")
+    if request.timestep_warp != 1.0:
+        raise AcceleratorConflict("timestep_warp", "auto was measured without it; give a mode of acceleration")
+
+
+def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Request) -> Run:
     width, height = _size(model, request)
     _inputs(model, request)
     scheduler = _scheduler(model, request)

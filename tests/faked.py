@@ -24,6 +24,7 @@ from app.http.main import create_app
 from app.http.service import Service
 from app.settings import Settings
 from models.costs.macs import Usage
+from models.profiles.choice import Outlook
 from models.spec import ModelSpec
 from tests.unit.specs import dit_spec, unet_spec
 
@@ -47,6 +48,7 @@ class Engine:
     refusal: ServiceError | None = None
     script: list[Event] | None = None
     now: float = OPENED
+    wait: float = 0.0
 
     def clock(self) -> float:
         """A clock that stands still until a job is submitted."""
@@ -66,6 +68,10 @@ class Engine:
                 timing.submitted, timing.started, timing.denoised, timing.finished = QUEUED, STARTED, DENOISED, FINISHED
                 self.now = ANSWERED
             job.post(event)
+
+    def outlook(self, model: str, rows: int, deadline: float) -> Outlook:
+        """The wait that the test says, and a tenth of a second a row of a step."""
+        return Outlook(self.wait, rows / 10, deadline)
 
     def cancel(self, job: Job) -> None:
         """Remember who was given up."""

@@ -15,15 +15,16 @@ def models() -> None:
     from models.families import REGISTRY
     from models.loading import BUNDLED
 
-    table = Table("model", "pipeline", "adapters", "plans", "what it draws", title="Bundled models")
+    table = Table("model", "pipeline", "adapters", "plans", "profiles", "what it draws", title="Bundled models")
     for index in sorted(BUNDLED.glob("*/model_index.json")):
         folder = index.parent
         extras = folder / "slipstream.json"
         about: dict[str, Any] = json.loads(extras.read_text()) if extras.is_file() else {}
         adapters = ", ".join(sorted(p.name for p in (folder / "adapters").glob("*"))) or "-"
         plans = ", ".join(sorted(p.stem for p in (folder / "plans").glob("*.json"))) or "-"
+        profiles = ", ".join(sorted(p.stem for p in (folder / "profiles").glob("*.json"))) or "-"
         pipeline = json.loads(index.read_text())["_class_name"]
-        table.add_row(folder.name, pipeline, adapters, plans, about.get("description", ""))
+        table.add_row(folder.name, pipeline, adapters, plans, profiles, about.get("description", ""))
     console = Console()
     console.print(table)
     console.print(f"Pipelines that can be served: {', '.join(REGISTRY)}")

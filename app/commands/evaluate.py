@@ -14,6 +14,7 @@ from app.commands.options import (
     ModelOption,
     OutputOption,
     PlanOption,
+    ProfileOption,
     SchedulerOption,
     StepsOption,
     parse_named,
@@ -42,6 +43,7 @@ def evaluate(
     scheduler: SchedulerOption = None,
     adapter: AdapterOption = None,
     plan: PlanOption = None,
+    profile: ProfileOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
@@ -61,7 +63,14 @@ def evaluate(
     lines = prompts.read_text().splitlines() if prompts is not None else []
     try:
         accelerations = [parse(text) for text in acceleration or ()]
-        backbone = load(model, device=device, dtype=dtype, adapters=adapters, plans=plans)
+        backbone = load(
+            model,
+            device=device,
+            dtype=dtype,
+            adapters=adapters,
+            plans=plans,
+            profiles=parse_named(profile, "--profile"),
+        )
         with progress_bar("evaluate") as bar:
             task = bar.task_ids[0]
             evaluation = measure(

@@ -18,6 +18,7 @@ from app.commands.options import (
     ModelOption,
     OutputOption,
     PlanOption,
+    ProfileOption,
     ScaleOption,
     SchedulerOption,
     SizeOption,
@@ -45,8 +46,12 @@ def generate(
     timestep_warp: Annotated[float, typer.Option(help="γ of warped time steps.")] = 1.0,
     class_label: Annotated[int | None, typer.Option(help="The class, for class-conditional models.")] = None,
     acceleration: AccelerationOption = None,
+    quality: Annotated[
+        str | None, typer.Option(help="low, medium, high or auto, in place of --acceleration: what auto prefers.")
+    ] = None,
     adapter: AdapterOption = None,
     plan: PlanOption = None,
+    profile: ProfileOption = None,
     config: ConfigOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -66,6 +71,7 @@ def generate(
         stepping=stepping,
         adapters=parse_named(adapter, "--adapter"),
         plans=parse_named(plan, "--plan"),
+        profiles=parse_named(profile, "--profile"),
         config=config,
     )
     request = Request(
@@ -83,6 +89,7 @@ def generate(
         timestep_warp=timestep_warp,
         class_label=class_label,
         acceleration=accelerators,
+        quality=quality,
     )
     with progress_bar("denoising") as bar:
         task = bar.task_ids[0]
@@ -91,6 +98,11 @@ def generate(
         path = output if num_images == 1 else output.with_stem(f"{output.stem}-{i}")
         picture.save(path)
         console.print(f"[bold]{path}[/bold]  seed {result.seeds[i]}")
+    if (chosen := result.profile) is not None:
+        promised = ", ".join(f"{name} {value:g}" for name, value in chosen.promised.items())
+        console.print(f"chosen: [bold]{chosen.candidate}[/bold] of {chosen.name}; promised: {promised}")
+        for difference in chosen.differences:
+            console.print(f"  {difference}")
     usage = result.usage
     saved = 1 - usage.macs / usage.macs_unaccelerated
     console.print(f"{usage.steps} steps, {usage.rows} rows, {usage.macs / 1e9:.3f} GMACs ({saved:.0%} saved)")

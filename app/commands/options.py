@@ -29,6 +29,9 @@ AdapterOption = Annotated[
     list[str] | None, typer.Option("--adapter", help="NAME=PATH of a LoRA student to register with the model.")
 ]
 PlanOption = Annotated[list[str] | None, typer.Option("--plan", help="NAME=PATH of a DiTFastAttn plan to register.")]
+ProfileOption = Annotated[
+    list[str] | None, typer.Option("--profile", help="NAME=PATH of a measured profile to register, for auto.")
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", help="For a .safetensors file: a diffusers directory with the configs of its family."),

@@ -17,6 +17,7 @@ from app.metrics import Metrics
 from app.settings import Settings
 from models.backbone import Backbone
 from models.device import set_threads
+from models.profiles.choice import Outlook
 
 State = Literal["loading", "ready", "draining", "stopped", "dead"]
 Loaded = tuple[Mapping[str, Backbone], Mapping[str, int]]
@@ -110,6 +111,13 @@ class Engine:
             self._waiting[job] = None
             self._inbox.append(job)
             self._lock.notify()
+
+    def outlook(self, model: str, rows: int, deadline: float) -> Outlook:
+        """What is expected of a request now: the wait for all that was accepted, a step of so many rows, its deadline
+        in seconds from now."""
+        with self._lock:
+            work = [(job.model, job.rows_left) for job in (*self._running, *self._waiting)]
+        return Outlook(self.pace.predict(work), self.pace.tick(model, rows), deadline)
 
     def _seconds_left(self) -> float:
         """Until all that was accepted is done. Asked under the lock: a flood of refusals counts only now and then."""

@@ -96,6 +96,7 @@ def _warm(name: str, backbone: Backbone, settings: Settings, pace: Pace) -> int:
             advance(backbone, trajectories)
             wait(backbone.device)
             seconds.append(time.perf_counter() - began)
+        pace.observe_tick(name, each * len(trajectories), min(seconds))
         return min(seconds)
 
     smallest = resolve(spec, backbone.scheduler_config, least_request(spec, num_inference_steps=1))

@@ -1,8 +1,9 @@
-"""How fast the device works, learned from the ticks it did: what `Retry-After` and the rows cap are predicted from."""
+"""How fast the device works, learned from the ticks it did: what `Retry-After`, waits and rows caps come from."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 
 SMOOTHING = 0.1
@@ -10,16 +11,40 @@ FIRST_GUESS = 0.05
 
 
 class Pace:
-    """Seconds that one row of one step takes, by model: an exponential average over measured ticks."""
+    """Seconds that one row of one step takes, by model, and those of ticks by their number of rows: exponential
+    averages over measured ticks."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._ticks: dict[str, dict[int, float]] = {}
 
     def observe(self, model: str, rows: int, seconds: float) -> None:
         """Learn from a tick of `rows` rows that took `seconds`."""
         measured = seconds / rows
         known = self._seconds.get(model, measured)
         self._seconds[model] = known + SMOOTHING * (measured - known)
+        self.observe_tick(model, rows, seconds)
+
+    def observe_tick(self, model: str, rows: int, seconds: float) -> None:
+        """Learn what a tick of so many rows takes, and nothing of what a row does in general: a trial at start."""
+        ticks = self._ticks.get(model, {})
+        known = ticks.get(rows, seconds)
+        self._ticks[model] = {**ticks, rows: known + SMOOTHING * (seconds - known)}  # read by other threads
+
+    def tick(self, model: str, rows: int) -> float:
+        """Seconds that a tick of so many rows will take: on the line between the two measured numbers of rows about it,
+        as long as the smallest, or as much longer than the largest as it has rows more."""
+        ticks = self._ticks.get(model)
+        if not ticks:
+            return FIRST_GUESS * rows
+        known = sorted(ticks)
+        at = bisect_left(known, rows)
+        if at == len(known):
+            return ticks[known[-1]] * rows / known[-1]
+        if at == 0:
+            return ticks[known[0]]
+        low, high = known[at - 1], known[at]
+        return ticks[low] + (ticks[high] - ticks[low]) * (rows - low) / (high - low)
 
     def predict(self, work: Iterable[tuple[str, int]]) -> float:
         """Seconds until this much work, as (model, rows over all steps left), is done."""

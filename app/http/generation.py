@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from app.engine.engine import Engine
@@ -15,7 +15,7 @@ from app.http.pictures import encode, to_base64
 from app.http.pool import Pool
 from app.http.record import Record
 from app.http.schemas.requests import GenerationRequest, OutputFormat
-from app.http.schemas.responses import GeneratedImage, GenerationBody, TimingBody, UsageBody
+from app.http.schemas.responses import GeneratedImage, GenerationBody, ProfileBody, TimingBody, UsageBody
 from app.metrics import Metrics
 from models.families.vae import to_pictures
 from models.reuse.plans import StepRows
@@ -109,6 +109,7 @@ class Generation:
             model=self.job.model,
             images=images,
             acceleration=list(run.accelerators),
+            profile=None if run.profile is None else ProfileBody.model_validate(asdict(run.profile)),
             usage=costs,
             timing=TimingBody(
                 queue_seconds=round(timing.queue, 6),

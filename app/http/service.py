@@ -24,7 +24,7 @@ from app.settings import Settings
 from models.backbone import Backbone
 from models.costs.macs import usage
 from models.request import Request, Run
-from models.resolve import resolve
+from models.resolve import resolve, wish_of
 from models.reuse.plans import StepRows
 
 
@@ -79,6 +79,7 @@ class Service:
                 previews=asked.partial_images if asked.stream else 0,
             )
             self.engine.submit(job)
+            self._note_choice(job, record)
         except ServiceError as error:
             if error.outcome == "rejected":
                 self.metrics.rejected.labels(error.code).inc()
@@ -108,7 +109,7 @@ class Service:
         record.model = name
         record.acceleration = acceleration_label(asked.accelerators)
         self.limit(asked)
-        run, group, digest = await self.pool.run(self._resolve, backbone, asked, picture)
+        run, group, digest = await self.pool.run(self._resolve, backbone, asked, picture, name)
         return Prepared(name, backbone, run, group, digest)
 
     def limit(self, asked: GenerationRequest) -> None:
@@ -129,7 +130,7 @@ class Service:
                 raise Impossible(f"{name}: {len(text)} characters are more than this server's {most}", param=name)
 
     def _resolve(
-        self, backbone: Backbone, asked: GenerationRequest, data: bytes | None
+        self, backbone: Backbone, asked: GenerationRequest, data: bytes | None, name: str
     ) -> tuple[Run, Hashable, str | None]:
         """On a thread of the pool: the uploaded picture, then every check of the library."""
         spec, limit = backbone.spec, self.settings.max_pixels
@@ -155,10 +156,25 @@ class Service:
             strength=asked.strength,
             timestep_warp=asked.timestep_warp,
             acceleration=asked.accelerators,
+            quality=asked.quality,
             class_label=asked.class_label,
         )
-        run = resolve(spec, backbone.scheduler_config, request)
+        seconds = asked.timeout_seconds or self.settings.deadline_seconds
+        outlook = None
+        if wish_of(request) is not None:
+            outlook = self.engine.outlook(name, len(spec.roles) * asked.num_images, seconds)
+        run = resolve(spec, backbone.scheduler_config, request, outlook)
         return run, backbone.group(run), None if data is None else hashlib.sha256(data).hexdigest()
+
+    def _note_choice(self, job: Job, record: Record) -> None:
+        """Count what `auto` became; the request is known by what it runs from here on."""
+        chosen = job.run.profile
+        if chosen is None:
+            return
+        record.acceleration = job.acceleration
+        record.facts |= {"profile": chosen.name, "candidate": chosen.candidate, "moved": chosen.moved}
+        self.metrics.choices.labels(job.model, chosen.candidate).inc()
+        self.metrics.moved.inc(chosen.moved)
 
     def _count(self, job: Job, ran: Sequence[Sequence[StepRows]]) -> asyncio.Future[UsageBody]:
         """What a job cost whose gates had decided."""

@@ -182,6 +182,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ((rate(MACS, "kind"), "{{kind}}"),),
             stack=True,
         ),
+        Panel(
+            "What auto chose",
+            "Runs a second by the candidate of a profile; moved: flexible requests made cheaper for their deadline.",
+            "ops",
+            (
+                (rate("slipstream_auto_choices_total", "candidate"), "{{candidate}}"),
+                (f"sum(rate(slipstream_auto_moved_total{{{INSTANCE}}}[5m]))", "moved"),
+            ),
+        ),
         Panel("Images", "", "ops", ((rate("slipstream_images_total", "model"), "{{model}}"),), width=12),
         Panel(
             "Rows a tick, spread",

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from models.accelerators.auto import Auto
 from models.accelerators.base import Accelerator
 from models.accelerators.cfg_student import CfgStudent
 from models.accelerators.deepcache import DeepCache
@@ -21,6 +22,7 @@ from models.spec import ModelSpec, RunSpec
 
 REGISTRY: dict[str, type[Accelerator]] = {
     "none": NoAcceleration,
+    "auto": Auto,
     "deepcache": DeepCache,
     "delta_dit": DeltaDiT,
     "ditfastattn": DiTFastAttn,
@@ -68,6 +70,7 @@ def bind(accelerators: Sequence[Accelerator], model: ModelSpec, run: RunSpec) ->
 __all__ = [
     "REGISTRY",
     "Accelerator",
+    "Auto",
     "CfgStudent",
     "DeepCache",
     "DeltaDiT",

@@ -27,7 +27,7 @@ class Converged:
         self._folder = folder
         self._steps = steps
         self._kept: dict[str, Image.Image] = {}
-        self._model = f"{backbone.spec.config_hash} {backbone.dtype} {backbone.stepping} {weights_digest(backbone)}"
+        self._model = f"{backbone.spec.config_hash} {backbone.dtype} {backbone.stepping} {backbone.digest}"
 
     def pictures(self, requests: Sequence[Request]) -> list[Image.Image]:
         """The converged picture of each plain request, one image each.
@@ -59,12 +59,3 @@ class Converged:
             half = self._folder / f"{name}.part"
             picture.save(half, "PNG")
             half.replace(self._folder / f"{name}.png")  # a run that is cut off leaves no half picture
-
-
-def weights_digest(backbone: Backbone) -> str:
-    """A short digest of the network's weights, so that pictures of a model trained anew are drawn anew."""
-    sha = hashlib.sha256()
-    for name, weight in sorted(backbone.network.module.state_dict().items()):
-        sha.update(name.encode())
-        sha.update(weight.detach().float().cpu().numpy().tobytes())
-    return sha.hexdigest()[:16]

@@ -41,7 +41,7 @@ class Forecast(Accelerator):
 def foretelling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds from 100 on are foretold, which no body can ask for yet, nor an answer say."""
 
-    def resolved(spec: Any, config: Any, request: Request) -> Run:
+    def resolved(spec: Any, config: Any, request: Request, outlook: object = None) -> Run:
         if request.seed < 100:
             return resolve(spec, config, request)
         run = resolve(spec, config, replace(request, acceleration=[*request.accelerators, Forecast()]))
@@ -122,7 +122,7 @@ class Gated(Accelerator):
 def test_what_gates_decided_is_what_an_answer_counts(student_of: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven steps of which the gate has the first, the fourth and the last computed in full."""
 
-    def resolved(spec: Any, config: Any, request: Request) -> Run:
+    def resolved(spec: Any, config: Any, request: Request, outlook: object = None) -> Run:
         run = resolve(spec, config, replace(request, acceleration=[Gated()]))
         return replace(run, accelerators=())
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from models.networks.sites import TransformerSites, UNetSites
+from models.profiles import Candidate, Likeness, Profile, pareto
 from models.spec import AdapterInfo, ModelSpec, RunSpec
 
 UNET_SITES = UNetSites(4, channels=(8,) * 12, halvings=(0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3))
@@ -60,3 +61,29 @@ def run_spec(steps: int = 10, **changes: Any) -> RunSpec:
         negative=False,
     )
     return replace(run, **changes)
+
+
+LIKENESSES: tuple[Likeness, ...] = ("plain", "converged")
+
+
+def candidate(name: str, macs: int, psnr: float, converged: float, **facts: Any) -> Candidate:
+    """What was measured of a run; its time is as its MACs."""
+    measured: dict[str, Any] = {"psnr": {"mean": psnr}, "ssim": {"mean": 0.9}, "psnr_converged": {"mean": converged}}
+    run: dict[str, Any] = {"scheduler": "ddim", "num_inference_steps": 10, "evaluations": macs / 100}
+    return Candidate.model_validate({"name": name, "macs": macs, "seconds": macs / 1000, **run, **measured, **facts})
+
+
+def profile(*candidates: Candidate, **facts: Any) -> Profile:
+    """A profile of the U-Net above at ten steps: with none given, one with a dominated run in it."""
+    plain = candidate("plain", 1000, 100.0, 40.0)
+    chosen = candidates or (
+        candidate("unipc-8", 800, 41.0, 46.0, scheduler="dpmpp_2m", num_inference_steps=8),
+        candidate("deepcache", 700, 43.0, 35.0, acceleration=[{"mode": "deepcache", "interval": 2}]),
+        candidate("forecast-5", 500, 38.0, 38.5, acceleration=[{"mode": "forecast", "evaluations": 5}]),
+        candidate("student", 400, 31.0, 36.0, acceleration=[{"mode": "cfg_student", "adapter": "student"}]),
+        candidate("unipc-3", 300, 30.0, 35.5, scheduler="dpmpp_2m", num_inference_steps=3),
+    )
+    fronts = {to: [one.name for one in pareto([plain, *chosen], to)] for to in LIKENESSES}
+    known: dict[str, Any] = {"model": "unet", "config_hash": "hash", "scheduler": "ddim", "num_inference_steps": 10}
+    known |= {"width": 64, "height": 32, "guidance_scale": 4.0, "reference_steps": 200, "captions": ["a"], "fitted": 0}
+    return Profile.model_validate({**known, "plain": plain, "candidates": chosen, "fronts": fronts, **facts})

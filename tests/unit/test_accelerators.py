@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from models.accelerators import (
     REGISTRY,
+    Auto,
     CfgStudent,
     DeepCache,
     DeltaDiT,
@@ -20,11 +21,12 @@ from models.accelerators import (
     Forecast,
     NoAcceleration,
     SelectiveGuidance,
+    bind,
 )
 from models.accelerators.base import Accelerator
 from models.accelerators.deepcache import nonuniform_steps
 from models.accelerators.forecast import spread
-from models.errors import OutOfRange
+from models.errors import AcceleratorConflict, OutOfRange
 from models.networks.sites import attention, blocks, level
 from models.reuse.plans import Recall, Reuse, Shared, StepPlan, Window, Zeros
 from models.reuse.sites import OUTPUT
@@ -50,6 +52,7 @@ REUSE: dict[str, Reuse] = {"ast": Recall(), "wa-rs": Window(7), "asc": Shared(),
 FULL, ZEROS = StepPlan(), StepPlan({level(8): Zeros()})
 PLANS: dict[str, tuple[Accelerator, list[StepPlan]]] = {
     "none": (NoAcceleration(), [FULL] * 4),
+    "auto": (Auto(prefer="speed", flexible=True), [FULL]),
     "deepcache": (DeepCache(interval=2, branch=3), [FULL, StepPlan({level(3): Recall()})] * 2),
     "delta_dit": (
         DeltaDiT(interval=3, blocks=5, boundary=4),
@@ -94,7 +97,7 @@ def test_plans(mode: str) -> None:
     accelerator, expected = PLANS[mode]
     family = accelerator.families[0]
     model = unet_spec() if family == "unet" else dit_spec(depth=2 if mode == "ditfastattn" else 28)
-    bound = accelerator.bind(model, run_spec(steps=len(expected)))
+    bound = accelerator if mode == "auto" else accelerator.bind(model, run_spec(steps=len(expected)))
     assert [bound.plan(step, len(expected)) for step in range(len(expected))] == expected
 
 
@@ -142,6 +145,12 @@ def test_uniform_takes_ceil_full_steps(num_steps: int, interval: int, full: int)
 def test_delta_dit_defaults(accelerator: DeltaDiT, depth: int, steps: int, expected: tuple[int, int]) -> None:
     bound = accelerator.bind(dit_spec(depth), run_spec(steps))
     assert (bound.blocks, bound.boundary) == expected
+
+
+def test_auto_is_never_bound() -> None:
+    """It becomes something else before (`tests/unit/test_auto.py`); in a profile, say, it is refused."""
+    with pytest.raises(AcceleratorConflict, match="stands alone"):
+        bind([Auto()], unet_spec(), run_spec())
 
 
 def test_unbound_accelerators_cannot_plan() -> None:

@@ -78,6 +78,7 @@ async def test_every_value_of_a_json_answer(monkeypatch: pytest.MonkeyPatch) -> 
         "id": f"gen-{answer.headers['x-request-id']}",
         "model": "unet",
         "acceleration": [DEEPCACHE, GUIDANCE],
+        "profile": None,
         "usage": USAGE,
         "timing": TIMING,
         "width": 24,
@@ -98,6 +99,7 @@ async def test_every_value_of_openais_answer(monkeypatch: pytest.MonkeyPatch) ->
         "id": f"gen-{answer.headers['x-request-id']}",
         "model": "unet",
         "acceleration": [DEEPCACHE, GUIDANCE],
+        "profile": None,
         "usage": USAGE,
         "timing": TIMING,
         "size": "24x40",
@@ -445,6 +447,7 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
                 "threshold": 0.25,
             }
         ],
+        "profiles": [],
         "examples": ["a ring", "a star"],
         "prompt_grammar": grammar,
         "max_rows": 6,
@@ -460,6 +463,7 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert (classes["conditioning"], classes["num_classes"], classes["image_to_image"]) == ("class", 10, False)
     assert {mode["mode"]: (mode["models"], mode["families"]) for mode in modes["data"]} == {
         "none": (["unet", "dit", "classes"], ["unet", "dit"]),
+        "auto": ([], ["unet", "dit"]),
         "deepcache": (["unet"], ["unet"]),
         "delta_dit": (["dit", "classes"], ["dit"]),
         "ditfastattn": (["dit"], ["dit"]),

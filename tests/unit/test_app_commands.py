@@ -18,7 +18,8 @@ from app.cli import app as cli
 from app.commands import search
 from app.commands.options import parse_named, parse_size
 from models import Plan
-from models.accelerators import DeepCache, SelectiveGuidance
+from models.accelerators import Auto, DeepCache, SelectiveGuidance
+from models.profiles.choice import Chosen
 from models.search.warp_search import Warp
 from tests.unit.specs import class_spec, dit_spec, unet_spec
 
@@ -39,7 +40,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         progress(1, 2)
         pictures = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(asked["request"].num_images)]
         usage = SimpleNamespace(steps=4, rows=8, macs=1.5e9, macs_unaccelerated=6e9)
-        return [SimpleNamespace(images=pictures, seeds=range(7, 7 + len(pictures)), usage=usage)]
+        seeds = range(7, 7 + len(pictures))
+        return [SimpleNamespace(images=pictures, seeds=seeds, usage=usage, profile=asked.get("chosen"))]
 
     def search_plan(backbone: Any, requests: Any, **options: Any) -> Plan:
         asked["plan"] = {"requests": requests, **options}
@@ -91,7 +93,8 @@ def test_generate_asks_for_what_its_options_say(asked: Asked, tmp_path: Path) ->
     words = "generate ring --model m --steps 9 --guidance-scale 3.5 --negative-prompt dull --seed 5 --num-images 2"
     words += " --scheduler euler --size 48X64 --strength 0.3 --timestep-warp 0.5 --class-label 4"
     words += " --acceleration deepcache:interval=4 --acceleration selective_guidance:stop=0.5"
-    words += " --adapter a=/x --adapter b=/y --plan p=/z.json --device cpu --dtype float16 --stepping batched"
+    words += " --adapter a=/x --adapter b=/y --plan p=/z.json --profile q=/m.json"
+    words += " --device cpu --dtype float16 --stepping batched"
     result = run(*words.split(), "--image", tmp_path / "start.png", "-o", output)
     assert result.exit_code == 0, result.output
     assert asked["load"] == {
@@ -101,6 +104,7 @@ def test_generate_asks_for_what_its_options_say(asked: Asked, tmp_path: Path) ->
         "stepping": "batched",
         "adapters": {"a": "/x", "b": "/y"},
         "plans": {"p": "/z.json"},
+        "profiles": {"q": "/m.json"},
         "config": None,
     }
     request = asked["request"]
@@ -116,11 +120,23 @@ def test_generate_asks_for_what_its_options_say(asked: Asked, tmp_path: Path) ->
     assert "4 steps, 8 rows, 1.500 GMACs (75% saved)" in said(result)
 
 
+def test_generate_says_what_was_chosen(asked: Asked, tmp_path: Path) -> None:
+    promised = {"psnr": 41.25, "speedup": 2.0}
+    asked["chosen"] = Chosen("ddim-25", "forecast-9", promised, ("num_inference_steps: measured with 25, not 20",))
+    result = run("generate", "a ring", "--acceleration", "auto:speedup=2,flexible=true", "-o", tmp_path / "drawn.png")
+    assert result.exit_code == 0, result.output
+    assert asked["request"].accelerators == (Auto(speedup=2.0, flexible=True),)
+    assert "chosen: forecast-9 of ddim-25; promised: psnr 41.25, speedup 2" in said(result)
+    assert "measured with 25, not 20" in said(result)
+    run("generate", "a ring", "--quality", "medium", "-o", tmp_path / "drawn.png")
+    assert (asked["request"].quality, asked["request"].accelerators) == ("medium", ())
+
+
 def test_generates_defaults_are_the_requests(asked: Asked, tmp_path: Path) -> None:
     output = tmp_path / "drawn.png"
     assert run("generate", "a ring", "-o", output).exit_code == 0
     auto = dict.fromkeys(("device", "dtype", "stepping"), "auto")
-    options: Asked = {**auto, "adapters": {}, "plans": {}, "config": None}
+    options: Asked = {**auto, "adapters": {}, "plans": {}, "profiles": {}, "config": None}
     assert asked["load"] == {"name": "shapes-sd", **options}
     bare, found = vars(models.Request(prompt="a ring")), vars(asked["request"])
     assert found | {"acceleration": ()} == bare

@@ -93,7 +93,7 @@ def test_generate_asks_for_all_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_p
         "--config", "configs", "--device", "cpu", "--dtype", "float32", "-o", str(out / "ring.v1.png"),
     )  # fmt: skip
     assert ran.exit_code == 0, ran.output
-    files = {"adapters": {"s": "a/b", "t": "c=d"}, "plans": {"p": "e"}, "config": Path("configs")}
+    files = {"adapters": {"s": "a/b", "t": "c=d"}, "plans": {"p": "e"}, "profiles": {}, "config": Path("configs")}
     assert library.loaded == [("m", {"device": "cpu", "dtype": "float32", "stepping": "auto", **files})]
     asked = dict(vars(library.requests[0]))
     image = asked.pop("image")
@@ -122,6 +122,7 @@ def test_generate_leaves_the_rest_to_the_model(monkeypatch: pytest.MonkeyPatch, 
         "stepping": "auto",
         "adapters": {},
         "plans": {},
+        "profiles": {},
         "config": None,
     }
     assert library.loaded == [("shapes-sd", options)]
@@ -265,7 +266,8 @@ def test_the_list_of_models() -> None:
         ["shapes-sd", "StableDiffusionPipeline", "guidance-2", "-"],
     ]
     for row in rows_of(ran.stdout):
-        assert row[4] == json.loads((BUNDLED / row[0] / "slipstream.json").read_text())["description"]
+        assert row[4] == (", ".join(sorted(p.stem for p in (BUNDLED / row[0] / "profiles").glob("*.json"))) or "-")
+        assert row[5] == json.loads((BUNDLED / row[0] / "slipstream.json").read_text())["description"]
     assert "StableDiffusionXLPipeline" in ran.stdout.splitlines()[-1]
 
 
@@ -279,5 +281,6 @@ def test_the_list_of_accelerators() -> None:
     assert rows["cfg_student"][:2] == ["unet dit", "adapter = auto"]
     assert rows["depth_skip"][:2] == ["unet", "depth = required"]
     assert list(rows) == [
-        "none", "deepcache", "delta_dit", "ditfastattn", "cfg_student", "depth_skip", "selective_guidance", "forecast",
+        "none", "auto", "deepcache", "delta_dit", "ditfastattn", "cfg_student", "depth_skip", "selective_guidance",
+        "forecast",
     ]  # fmt: skip

@@ -35,6 +35,8 @@ WANTED = {
     "denoise_steps": ("counter", "model acceleration kind"),
     "network_evaluations": ("counter", "model kind"),
     "forecast_steps": ("counter", ""),
+    "auto_choices": ("counter", "model candidate"),
+    "auto_moved": ("counter", ""),
     "macs": ("counter", "model kind"),
     "images": ("counter", "model"),
     "requests_running": ("gauge", ""),

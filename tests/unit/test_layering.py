@@ -17,7 +17,7 @@ PURE = [*sorted((ROOT / "models" / "accelerators").glob("*.py")), ROOT / "models
 PURE += [ROOT / f"models/reuse/{name}.py" for name in ("sites", "plans", "compile", "weights", "gates", "turns")]
 PURE += [ROOT / "models/networks/sites.py"]
 PURE += [ROOT / "models/errors.py", ROOT / "models/search/attention_plan.py"]
-PURE += [ROOT / "models/profiles/profile.py", ROOT / "models/profiles/__init__.py"]
+PURE += [ROOT / "models/profiles/profile.py", ROOT / "models/profiles/choice.py", ROOT / "models/profiles/__init__.py"]
 
 
 def imports(file: Path) -> Iterator[str]:

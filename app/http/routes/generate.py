@@ -85,6 +85,7 @@ async def as_image(generation: Generation) -> Response:
     facts |= {"seed": generation.job.run.seeds[0], "width": body.width, "height": body.height}
     facts |= {"output_format": body.output_format, **body.usage.model_dump(), **body.timing.model_dump()}
     facts["acceleration"] = json.dumps([a.model_dump(mode="json", by_alias=True) for a in body.acceleration])
+    facts["profile"] = None if body.profile is None else body.profile.model_dump_json()
     headers = {"X-Slipstream-" + name.replace("_", "-").title(): str(v) for name, v in facts.items() if v is not None}
     return Response(data, media_type=MEDIA_TYPES[body.output_format], headers=headers)
 

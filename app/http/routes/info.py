@@ -18,12 +18,16 @@ from app.http.schemas.responses import (
     AcceleratorBody,
     AcceleratorsBody,
     AdapterBody,
+    FrontBody,
     HealthBody,
+    MeasuredBody,
     ModelBody,
     ModelsBody,
     PlanBody,
 )
-from models.accelerators import REGISTRY
+from models.accelerators import REGISTRY, Auto
+from models.profiles import Profile
+from models.profiles.choice import LOSSES, choose, promises
 from models.spec import ModelSpec
 
 WEB = Path(__file__).parents[2] / "web"
@@ -99,8 +103,35 @@ def accelerator_body(mode: str, specs: dict[str, ModelSpec]) -> AcceleratorBody:
 
 def _fits(mode: str, spec: ModelSpec) -> bool:
     """Whether a model can run it: the right kind of backbone, and something registered where it needs that."""
-    needed: dict[str, Iterable[Any]] = {"cfg_student": spec.adapters, "ditfastattn": spec.plans}
+    needed: dict[str, Iterable[Any]] = {
+        "cfg_student": spec.adapters,
+        "ditfastattn": spec.plans,
+        "auto": spec.profiles,
+    }
     return spec.family in REGISTRY[mode].families and (mode not in needed or any(needed[mode]))
+
+
+def profile_body(name: str, profile: Profile) -> MeasuredBody:
+    """A profile as clients are to see it."""
+    return MeasuredBody(
+        name=name,
+        scheduler=profile.scheduler,
+        num_inference_steps=profile.num_inference_steps,
+        width=profile.width,
+        height=profile.height,
+        guidance_scale=profile.guidance_scale,
+        front=[
+            FrontBody(
+                candidate=one.name,
+                scheduler=one.scheduler,
+                num_inference_steps=one.num_inference_steps,
+                acceleration=[dict(mode) for mode in one.acceleration],
+                promised=promises(profile, one),
+            )
+            for one in profile.front("converged")
+        ],
+        prefer={prefer: choose(profile, Auto(prefer=prefer))[0].name for prefer in LOSSES},
+    )
 
 
 def model_body(name: str, default: bool, created: int, engine: Engine) -> ModelBody:
@@ -146,6 +177,7 @@ def model_body(name: str, default: bool, created: int, engine: Engine) -> ModelB
             )
             for plan, facts in spec.plans.items()
         ],
+        profiles=[profile_body(profile, measured) for profile, measured in spec.profiles.items()],
         examples=list(spec.examples),
         prompt_grammar=None if spec.prompt_grammar is None else dict(spec.prompt_grammar),
         max_rows=engine.max_rows.get(name, 0),

@@ -64,6 +64,10 @@ EXAMPLE: dict[str, Any] = {
     "seed": 7,
     "acceleration": {"mode": "deepcache", "interval": 3},
 }
+CHOSEN: dict[str, Any] = {
+    "prompt": "a small green star on a black background",
+    "acceleration": {"mode": "auto", "prefer": "balanced", "flexible": True},
+}
 COMPOSED: dict[str, Any] = {
     "prompt": "a green ring on a black background",
     "model": "shapes-sd",
@@ -96,6 +100,11 @@ class GenerationFields(BaseModel):
     strength: float = Field(0.8, ge=0, le=1, description="Image-to-image: share of the steps that is run.")
     timestep_warp: float = Field(1.0, ge=0.05, le=20, description="Spacing of the time steps; below 1 leans noisy.")
     acceleration: Acceleration | None = Field(None, description="One accelerator, or a list of them, composed.")
+    quality: Literal["low", "medium", "high", "auto"] | None = Field(
+        None,
+        description="Instead of `acceleration`: low is auto preferring speed, medium balanced, high fidelity; auto is "
+        "the model's default.",
+    )
     output_format: OutputFormat = Field("png", description="How images are encoded.")
     stream: bool = Field(False, description="Answer with Server-Sent Events.")
     partial_images: int = Field(
@@ -118,7 +127,7 @@ class GenerationFields(BaseModel):
 class GenerationRequest(GenerationFields):
     """The body of POST /generate."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE, COMPOSED]})
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE, COMPOSED, CHOSEN]})
 
 
 class ImagesRequest(GenerationFields):

@@ -50,6 +50,19 @@ class TimingBody(BaseModel):
     total_seconds: float
 
 
+class ProfileBody(BaseModel):
+    """What `auto` chose, and what was measured of it."""
+
+    name: str = Field(description="The profile that was chosen from.")
+    candidate: str
+    promised: dict[str, float] = Field(
+        description="Means over the profile's captions: `psnr` and `ssim` to the plain picture, `psnr_converged` to "
+        "the one of very many steps, `alignment` where a judge reads the pictures, `speedup` in MACs."
+    )
+    differences: list[str] = Field(description="How the request differs from what the profile was measured with.")
+    moved: bool = Field(description="Whether a flexible request was made cheaper for its deadline.")
+
+
 class GenerationBody(BaseModel):
     """The answer of POST /generate, and the data of a stream's `completed`."""
 
@@ -58,6 +71,7 @@ class GenerationBody(BaseModel):
     model: str
     images: list[GeneratedImage]
     acceleration: list[AnyAccelerator] = Field(description="The accelerators with every default filled in.")
+    profile: ProfileBody | None = Field(None, description="Where auto chose.")
     usage: UsageBody
     timing: TimingBody
     width: int
@@ -80,6 +94,7 @@ class ImagesBody(BaseModel):
     id: str
     model: str
     acceleration: list[AnyAccelerator]
+    profile: ProfileBody | None = None
     usage: UsageBody
     timing: TimingBody
     size: str
@@ -135,6 +150,29 @@ class PlanBody(BaseModel):
     threshold: float
 
 
+class FrontBody(BaseModel):
+    """A run that nothing else measured beats in MACs and likeness."""
+
+    candidate: str
+    scheduler: str
+    num_inference_steps: int
+    acceleration: list[dict[str, Any]]
+    promised: dict[str, float]
+
+
+class MeasuredBody(BaseModel):
+    """A profile: the run that it was measured for, its front cheapest first, and what `prefer` stands for in it."""
+
+    name: str
+    scheduler: str
+    num_inference_steps: int
+    width: int
+    height: int
+    guidance_scale: float
+    front: list[FrontBody] = Field(description="By likeness to the converged picture.")
+    prefer: dict[str, str] = Field(description="The candidate of each of fidelity, balanced and speed.")
+
+
 class ModelBody(BaseModel):
     """One model, as OpenAI lists it and with everything that a request may ask of it."""
 
@@ -159,6 +197,7 @@ class ModelBody(BaseModel):
     accelerators: list[AcceleratorBody]
     adapters: list[AdapterBody]
     plans: list[PlanBody]
+    profiles: list[MeasuredBody]
     examples: list[str]
     prompt_grammar: dict[str, Any] | None
     max_rows: int = Field(description="Rows a tick.")
