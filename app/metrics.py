@@ -72,6 +72,13 @@ class Metrics:
             "auto_choices_total", "Runs that auto chose, by the candidate of a profile.", "model", "candidate"
         )
         self.moved = counter("auto_moved_total", "Flexible requests that were made cheaper for their deadline.")
+        self.gates = counter(
+            "gate_decisions_total",
+            "Steps of images in which a cache decided while it ran whether to skip.",
+            "model",
+            "mode",
+            "decision",
+        )
         self.macs = counter(
             "macs_total", "Multiply-accumulates of finished requests, computed or saved.", "model", "kind"
         )

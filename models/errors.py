@@ -43,7 +43,7 @@ class PlanMismatch(RequestError):
 
 
 class NoProfile(RequestError):
-    """`auto` on a run that no profile of the model was measured for."""
+    """What only a profile can say, in a run that no profile of the model was measured for."""
 
 
 class NonFiniteLatents(SlipstreamError):

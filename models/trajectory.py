@@ -153,12 +153,19 @@ def effective_steps(trajectory: Trajectory) -> tuple[StepRows, ...]:
     return tuple(trajectory.ran.get(i, step) for i, step in enumerate(trajectory.steps))
 
 
+def decided(trajectory: Trajectory, step: int) -> Decision | None:
+    """What its gate decided in a step that was taken; None where it had no choice, or no part in it."""
+    ran = trajectory.ran.get(step)
+    for plan, did in zip(trajectory.steps[step], ran or (), strict=ran is not None):
+        if plan.gating is not None and not plan.gating.forced:
+            return "skipped" if plan.gating.site in did.reads else "computed"  # a pair decides once
+    return None
+
+
 def decisions(trajectory: Trajectory) -> dict[Decision, int]:
     """How often its gate decided what so far; steps in which it had no choice are not counted."""
     counts: dict[Decision, int] = {"skipped": 0, "computed": 0}
-    for i, ran in trajectory.ran.items():
-        for plan, did in zip(trajectory.steps[i], ran, strict=True):
-            if plan.gating is not None and not plan.gating.forced:
-                counts["skipped" if plan.gating.site in did.reads else "computed"] += 1
-                break  # a pair decides once
+    for step in trajectory.ran:
+        if (decision := decided(trajectory, step)) is not None:
+            counts[decision] += 1
     return counts

@@ -15,14 +15,15 @@ from app.engine.job import Event, Failed, Group, Job, Lane, Progress
 from app.engine.pace import Pace
 from app.errors import ForwardFailed, Impossible, Internal, NonFinite, OutOfMemory, ServiceError
 from app.logs import SERVER
-from app.metrics import Metrics
+from app.metrics import UNKNOWN, Metrics
 from app.settings import Settings
+from models.accelerators.gated import GatedCache
 from models.backbone import Backbone
 from models.denoise import advance
 from models.device import Fence, out_of_memory, release_memory
 from models.errors import RequestError
 from models.generate import start
-from models.trajectory import effective_steps
+from models.trajectory import decided, effective_steps
 
 Clock = Callable[[], float]
 
@@ -198,11 +199,14 @@ class Worker:
         for lane in lanes:
             job = lane.job
             steps = job.run.steps if lane.trajectory is None else effective_steps(lane.trajectory)
-            for step in steps[before[lane] : lane.step]:
+            for number, step in enumerate(steps[before[lane] : lane.step], before[lane]):
                 kind = "reduced" if step.reduced else "full"
                 self._metrics.steps.labels(job.model, job.acceleration, kind).inc()
                 self._metrics.evaluations.labels(job.model, "forecast" if step.foretold else "computed").inc()
                 self._metrics.forecasts.inc(step.foretold)
+                if lane.trajectory is not None and (decision := decided(lane.trajectory, number)) is not None:
+                    mode = next((a.mode for a in job.run.accelerators if isinstance(a, GatedCache)), UNKNOWN)
+                    self._metrics.gates.labels(job.model, mode, decision).inc()
 
     def _after(self, lanes: Sequence[Lane]) -> None:
         """Hand over what a tick brought: progress, previews, finished latents."""

@@ -53,6 +53,7 @@ def stat(title: str, about: str, unit: str, query: str) -> Panel:
 
 REQUESTS, DURATION, MACS = "slipstream_requests_total", "slipstream_request_duration_seconds", "slipstream_macs_total"
 STEPS, REDUCED = "slipstream_denoise_steps_total", ',kind="reduced"'
+GATES, SKIPPED = "slipstream_gate_decisions_total", ',decision="skipped"'
 OK, FAILED, SAVED = ',outcome="ok"', ',outcome=~"error|deadline"', ',kind="saved"'
 
 ROWS: dict[str, tuple[Panel, ...]] = {
@@ -189,6 +190,17 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (
                 (rate("slipstream_auto_choices_total", "candidate"), "{{candidate}}"),
                 (f"sum(rate(slipstream_auto_moved_total{{{INSTANCE}}}[5m]))", "moved"),
+            ),
+        ),
+        Panel(
+            "Gates that skip",
+            "Of the steps in which a cache decides while it runs, the part that it skips.",
+            "percentunit",
+            (
+                (
+                    f"{rate(GATES, 'mode', SKIPPED)} / {rate(GATES, 'mode')}",
+                    "{{mode}}",
+                ),
             ),
         ),
         Panel("Images", "", "ops", ((rate("slipstream_images_total", "model"), "{{model}}"),), width=12),

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from models.accelerators.adaptive_deepcache import AdaptiveDeepCache
 from models.accelerators.auto import Auto
 from models.accelerators.base import Accelerator
 from models.accelerators.cfg_student import CfgStudent
@@ -14,9 +15,12 @@ from models.accelerators.deepcache import DeepCache
 from models.accelerators.delta_dit import DeltaDiT
 from models.accelerators.depth_skip import DepthSkip
 from models.accelerators.ditfastattn import DiTFastAttn
+from models.accelerators.first_block_cache import FirstBlockCache
 from models.accelerators.forecast import Forecast
+from models.accelerators.magcache import MagCache
 from models.accelerators.none import NoAcceleration
 from models.accelerators.selective_guidance import SelectiveGuidance
+from models.accelerators.teacache import TeaCache
 from models.errors import AcceleratorConflict, RequestError, WrongBackbone
 from models.spec import ModelSpec, RunSpec
 
@@ -30,6 +34,10 @@ REGISTRY: dict[str, type[Accelerator]] = {
     "depth_skip": DepthSkip,
     "selective_guidance": SelectiveGuidance,
     "forecast": Forecast,
+    "first_block_cache": FirstBlockCache,
+    "teacache": TeaCache,
+    "magcache": MagCache,
+    "adaptive_deepcache": AdaptiveDeepCache,
 }
 
 
@@ -58,7 +66,7 @@ def bind(accelerators: Sequence[Accelerator], model: ModelSpec, run: RunSpec) ->
             raise WrongBackbone(
                 "acceleration.mode", f"{accelerator.mode} is for {fits} backbones, {model.name} is a {model.family}"
             )
-        for claim in accelerator.claims:
+        for claim in sorted(accelerator.claims):
             if other := claimed.get(claim):
                 raise AcceleratorConflict(
                     "acceleration", f"{other} and {accelerator.mode} both decide the {claim} of a step"
@@ -70,15 +78,19 @@ def bind(accelerators: Sequence[Accelerator], model: ModelSpec, run: RunSpec) ->
 __all__ = [
     "REGISTRY",
     "Accelerator",
+    "AdaptiveDeepCache",
     "Auto",
     "CfgStudent",
     "DeepCache",
     "DeltaDiT",
     "DepthSkip",
     "DiTFastAttn",
+    "FirstBlockCache",
     "Forecast",
+    "MagCache",
     "NoAcceleration",
     "SelectiveGuidance",
+    "TeaCache",
     "bind",
     "from_mode",
 ]

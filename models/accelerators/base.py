@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from models.errors import WrongBackbone
 from models.reuse.plans import StepPlan
+from models.reuse.sites import Site
 from models.spec import Family, ModelSpec, RunSpec
 
 if TYPE_CHECKING:
@@ -39,6 +41,14 @@ class Accelerator(BaseModel):
     def unguided(self) -> bool:
         """Whether the whole run has conditional rows only."""
         return False
+
+
+def check_site(accelerator: Accelerator, model: ModelSpec, site: Site, reuse: str) -> None:
+    """Refuse a model whose network cannot do at a site what the accelerator asks. Raises `WrongBackbone`."""
+    if reuse not in model.sites.understands(site):
+        raise WrongBackbone(
+            "acceleration.mode", f"{accelerator.mode} needs {site} {reuse}, which {model.name} does not offer"
+        )
 
 
 def needs_guidance(accelerators: Sequence[Accelerator]) -> bool:

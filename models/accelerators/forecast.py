@@ -32,7 +32,9 @@ class Forecast(Accelerator):
         None, min_length=1, max_length=1000, description="The computed steps, counted from 0; the first must be 0."
     )
     order: int = Field(1, ge=0, le=4, description="Degree of the polynomial; 0 repeats the last prediction.")
-    basis: Basis = Field("newton", description="newton: through the values; taylor: by finite differences.")
+    basis: Basis = Field(
+        "newton", description="newton: through the values; taylor: finite differences; hermite: damped."
+    )
     warmup: int = Field(1, ge=1, le=1000, description="First steps that are always computed.")
 
     claims: ClassVar[frozenset[str]] = frozenset({"output"})

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from models.networks.gating import Gates
+from models.reuse.gates import Probe
 from models.reuse.rows import Places, Row
 from models.reuse.sites import Feature
 from models.reuse.store import FeatureStore
@@ -46,6 +47,9 @@ class Blocks(Protocol):
         begun: dict[Feature, Tensor],
     ) -> Tensor:
         """Hidden states h [rows, tokens, dim] after blocks [start, stop) of the span."""
+
+    def modulated(self, number: int, h: Tensor, inputs: BlockInputs) -> Tensor:
+        """What the attention of block `number` sees of hidden states h [rows, tokens, dim]: normalised, modulated."""
 
 
 @dataclass(eq=False, slots=True)
@@ -101,18 +105,20 @@ def _parts(h: Tensor, inputs: BlockInputs, rows: Sequence[Row], places: Places, 
 
 
 def _run_to_gate(network: Blocks, part: _Part, store: FeatureStore, places: Places, gates: Gates) -> None:
-    """Everything in front of the gate, and its probes: what enters the site, or what the block before it added."""
-    gated = gates.at(part.rows, part.start)
-    residual = [i for i in gated if gates.of(part.rows[i]).gated.rule.probe == "residual"]
-    given = [i for i in gated if i not in set(residual)]
-    edges = [0, part.start - 1, part.start] if residual else [0, part.start]
+    """Everything in front of the gate, and its probes."""
+    by_probe: dict[Probe, list[int]] = {}
+    for i in gates.at(part.rows, part.start):
+        by_probe.setdefault(gates.of(part.rows[i]).gated.rule.probe, []).append(i)
+    edges = [0, part.start - 1, part.start] if "residual" in by_probe else [0, part.start]
     before = part.h
     for span in pairwise(edges):
         before = part.h
         if span[0] < span[1]:
             part.h = network.run_blocks(span, part.h, part.inputs, part.rows, store, places, part.begun)
-    if residual:
-        probe = places.take(part.h, residual) - places.take(before, residual)
-        gates.offer([part.rows[i] for i in residual], probe)
-    if given:
-        gates.offer([part.rows[i] for i in given], places.take(part.h, given))
+    for kind, members in by_probe.items():
+        probe = places.take(part.h, members)
+        if kind == "residual":
+            probe = probe - places.take(before, members)
+        elif kind == "modulated":
+            probe = network.modulated(part.start, probe, part.inputs.take(places, members))
+        gates.offer([part.rows[i] for i in members], probe)

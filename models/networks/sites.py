@@ -76,6 +76,7 @@ class TransformerSites:
     dim: int
     heads: int
     head_dim: int
+    offers: frozenset[str] = frozenset()  # what not every transformer can: "modulated" probes
 
     def span(self, site: Site) -> Span:
         """See `Sites`."""
@@ -96,8 +97,10 @@ class TransformerSites:
         """See `Sites`."""
         if site.kind == "attention":
             return frozenset({"recall", "window", "shared"})
-        gates = {"gated by input"} | ({"gated by residual"} if site.start else set())
-        return frozenset({"recall"} | (gates if site.kind == "blocks" else set()))
+        if site.kind != "blocks":
+            return frozenset({"recall"})
+        probes = {"input"} | ({"residual"} if site.start else set()) | (self.offers & {"modulated"})
+        return frozenset({"recall", *(f"gated by {probe}" for probe in probes)})
 
     def shape(self, feature: Feature, height: int, width: int) -> tuple[int, ...]:
         """See `Sites`."""

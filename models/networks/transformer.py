@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
+from models.networks import dit_block
 from models.networks.attention import AttentionRows
 from models.networks.gated_blocks import BlockInputs, run_gated
 from models.networks.gating import gates_of
@@ -53,6 +54,10 @@ class Transformer(ABC):
     @abstractmethod
     def block(self, number: int, h: Tensor, inputs: BlockInputs, attention: AttentionRows | None) -> Tensor:
         """One transformer block over hidden states h [rows, tokens, dim]."""
+
+    def modulated(self, number: int, h: Tensor, inputs: BlockInputs) -> Tensor:
+        """What the attention of block `number` sees of hidden states h [rows, tokens, dim]: normalised, modulated."""
+        raise NotImplementedError(f"{type(self).__name__} has no gate on modulated inputs")
 
     @property
     def depth(self) -> int:
@@ -156,6 +161,7 @@ class DiT(Transformer):
             int(module.config.num_attention_heads * module.config.attention_head_dim),
             int(module.config.num_attention_heads),
             int(module.config.attention_head_dim),
+            offers=frozenset({"modulated"}),
         )
         attentions = [block.attn1 for block in module.transformer_blocks]
         super().__init__(module, module.transformer_blocks, attentions, sites)
@@ -176,6 +182,10 @@ class DiT(Transformer):
         kwargs = None if attention is None else {"rows": attention}
         out: Tensor = self.blocks[number](h, attention_mask=None, cross_attention_kwargs=kwargs, **inputs.rows)
         return out
+
+    def modulated(self, number: int, h: Tensor, inputs: BlockInputs) -> Tensor:
+        """See `Transformer`."""
+        return dit_block.begin(self.blocks[number], h, inputs).attended
 
     def embed(self, x: Tensor) -> Tensor:
         """Latents to tokens [rows, tokens, dim], with the position embedding of their size."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Literal, NamedTuple
 
-Probe = Literal["input", "residual"]
-"""The hidden state that enters a site, or that minus what entered the block before the site."""
+Probe = Literal["input", "residual", "modulated"]
+"""The hidden state that enters a site, that minus what entered the block before the site, or that as the site's first
+attention sees it: normalised and modulated by time."""
 
 
 @dataclass(frozen=True, slots=True)

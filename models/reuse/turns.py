@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from models.reuse.gates import Change, GateState, decide, distance
 from models.reuse.plans import Entry, Gated, Gating, Reading, Role, RowPlan, StepPlan, StepRows
-from models.reuse.sites import Feature, Site, Sites, contains, disjoint
+from models.reuse.sites import OUTPUT, Feature, Site, Sites, contains, disjoint
 from models.reuse.weights import BASES
 
 
@@ -26,7 +26,7 @@ def gate_of(sites: Sites, plans: Sequence[StepPlan]) -> tuple[Site, Gated] | Non
     [(site, gated)] = gates
     span = sites.span(site)
     for other in dict.fromkeys(other for plan in plans for other in plan.reuse):
-        around = contains(sites.span(other), span) and sites.span(other) != span
+        around = other == OUTPUT or (contains(sites.span(other), span) and sites.span(other) != span)
         if other != site and not (around or disjoint(sites.span(other), span)):
             raise ValueError(f"{other} depends on what gated {site} decides")
     for plan in plans:

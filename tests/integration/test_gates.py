@@ -18,8 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import Backbone, Request, advance, generate
-from models.accelerators import CfgStudent, DeepCache, DeltaDiT, SelectiveGuidance
+from models.accelerators import (
+    AdaptiveDeepCache,
+    CfgStudent,
+    DeepCache,
+    DeltaDiT,
+    FirstBlockCache,
+    Forecast,
+    SelectiveGuidance,
+    TeaCache,
+)
 from models.accelerators.base import Accelerator
+from models.accelerators.gated import GatedCache
 from models.denoise import predict
 from models.generate import finish, start
 from models.networks.sites import blocks, level
@@ -190,6 +200,7 @@ CASES: dict[str, dict[str, list[Accelerator]]] = {
         "outer": [DeepCache(interval=2, branch=2), gate(level(4), 0.3)],
         "student": [CfgStudent(), gate(level(1), 0.25)],
         "selective": [SelectiveGuidance(start=0.25, stop=0.75), gate(level(3), 0.25, 1)],
+        "adaptive": [AdaptiveDeepCache(threshold=0.25, branch=1, order=1, max_skips=2)],
     },
     "pixart-sigma": {
         "plain": [],
@@ -200,6 +211,9 @@ CASES: dict[str, dict[str, list[Accelerator]]] = {
         "apart": [Skip(site=blocks(0, 2), skipped=frozenset({2, 5})), gate(blocks(3, 5), 0.1)],
         "student": [CfgStudent(), gate(REST, 0.1)],
         "selective": [SelectiveGuidance(start=0.25, stop=0.75), gate(REST, 0.1, 1, pair="mean")],
+        "first": [FirstBlockCache(threshold=0.1, order=2, warmup=2)],
+        "tea": [TeaCache(threshold=0.4, coefficients=(0.5, 1.0, 0.0), order=1)],
+        "foretold": [Forecast(interval=3), TeaCache(threshold=0.5, coefficients=(1.0, 0.0), pair="max")],
     },
 }
 GATED = [(layout, name) for layout in CASES for name in CASES[layout] if name not in ("plain", "deepcache", "delta")]
@@ -274,6 +288,16 @@ def test_no_more_is_remembered_than_was_planned(layout: str, site: Site, order: 
     assert (peaks[ALWAYS, None] < 1.0) == (order > 0)
 
 
+def never(accelerator: Accelerator) -> Accelerator:
+    """The same gate, under which no change lies."""
+    if isinstance(accelerator, AskGate):
+        rule = replace(accelerator.rule, threshold=NEVER, accumulate=False)
+        return accelerator.model_copy(update={"rule": rule})
+    if isinstance(accelerator, GatedCache):
+        return accelerator.model_copy(update={"threshold": 1e-300})
+    return accelerator
+
+
 @pytest.mark.parametrize(("layout", "name"), GATED)
 def test_every_case_keeps_to_its_plan(layout: str, name: str, student_of: Backbones) -> None:
     """With guidance that comes and goes, and with other features beside the gate's."""
@@ -282,13 +306,7 @@ def test_every_case_keeps_to_its_plan(layout: str, name: str, student_of: Backbo
     wanted = case(layout, name, backbone)
     denoised(backbone, wanted)
     assert 0 < backbone.features.peak_bytes <= resolve(backbone.spec, backbone.scheduler_config, wanted).feature_bytes
-    never = [
-        a.model_copy(update={"rule": replace(a.rule, threshold=NEVER, accumulate=False)})
-        if isinstance(a, AskGate)
-        else a
-        for a in wanted.accelerators
-    ]
-    computed = replace(wanted, acceleration=never)
+    computed = replace(wanted, acceleration=[never(a) for a in wanted.accelerators])
     backbone.features.peak_bytes = 0
     denoised(backbone, computed)
     assert backbone.features.peak_bytes == resolve(backbone.spec, backbone.scheduler_config, computed).feature_bytes

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from models import Backbone, Plan, Request, advance, generate
-from models.accelerators import CfgStudent, DeepCache, DeltaDiT, DepthSkip, DiTFastAttn, Forecast, SelectiveGuidance
+from models.accelerators import (
+    CfgStudent,
+    DeepCache,
+    DeltaDiT,
+    DepthSkip,
+    DiTFastAttn,
+    Forecast,
+    MagCache,
+    SelectiveGuidance,
+)
 from models.denoise import predict
 from models.generate import start
 from models.resolve import resolve
@@ -100,6 +109,11 @@ DIT_CASES: dict[str, Callable[[Backbone], dict[str, Any]]] = {
         "acceleration": [Forecast(evaluations=4, basis="taylor", order=2), DeltaDiT(interval=2, blocks=3, order=1)],
         "scheduler": "dpmpp_2m",
         "num_inference_steps": 8,
+    },
+    "magcache": lambda b: {
+        "acceleration": [MagCache(ratios=(1.0, 1.01), order=1), attention(b, 5, "euler", 7, guided=True, window=5)],
+        "scheduler": "euler",
+        "num_inference_steps": 7,
     },
     "student": lambda _: {
         "acceleration": [CfgStudent(), DeltaDiT(interval=3, blocks=3, boundary=2)],

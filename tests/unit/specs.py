@@ -10,7 +10,7 @@ from models.profiles import Candidate, Likeness, Profile, pareto
 from models.spec import AdapterInfo, ModelSpec, RunSpec
 
 UNET_SITES = UNetSites(4, channels=(8,) * 12, halvings=(0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3))
-DIT_SITES = TransformerSites(4, depth=4, patch_size=2, dim=16, heads=2, head_dim=8)
+DIT_SITES = TransformerSites(4, depth=4, patch_size=2, dim=16, heads=2, head_dim=8, offers=frozenset({"modulated"}))
 SCHEDULERS = ("ddim", "pndm", "euler", "dpmpp_2m", "heun")
 
 
@@ -21,7 +21,7 @@ def unet_spec(depth: int = 12, **changes: Any) -> ModelSpec:
         family="unet",
         layout="sd",
         config_hash="hash",
-        sites=replace(UNET_SITES, channels=(8,) * depth, halvings=(0,) * depth),
+        sites=replace(UNET_SITES, channels=(8,) * depth, halvings=(0,) * depth, skips=(8,) * depth),
         depth=depth,
         latent_channels=4,
         latent_scale=8,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -12,24 +13,29 @@ from pydantic import ValidationError
 
 from models.accelerators import (
     REGISTRY,
+    AdaptiveDeepCache,
     Auto,
     CfgStudent,
     DeepCache,
     DeltaDiT,
     DepthSkip,
     DiTFastAttn,
+    FirstBlockCache,
     Forecast,
+    MagCache,
     NoAcceleration,
     SelectiveGuidance,
+    TeaCache,
     bind,
 )
 from models.accelerators.base import Accelerator
 from models.accelerators.deepcache import nonuniform_steps
 from models.accelerators.forecast import spread
-from models.errors import AcceleratorConflict, OutOfRange
+from models.errors import AcceleratorConflict, NoProfile, OutOfRange
 from models.networks.sites import attention, blocks, level
-from models.reuse.plans import Recall, Reuse, Shared, StepPlan, Window, Zeros
-from models.reuse.sites import OUTPUT
+from models.reuse.gates import Gate
+from models.reuse.plans import Gated, Recall, Reuse, Shared, StepPlan, Window, Zeros
+from models.reuse.sites import OUTPUT, Site
 from models.search.attention_plan import Plan
 from tests.unit.specs import dit_spec, run_spec, unet_spec
 
@@ -50,6 +56,13 @@ PLAN = Plan.model_validate(
 
 REUSE: dict[str, Reuse] = {"ast": Recall(), "wa-rs": Window(7), "asc": Shared(), "wa-rs+asc": Shared(Window(7))}
 FULL, ZEROS = StepPlan(), StepPlan({level(8): Zeros()})
+
+
+def gated(site: Site, order: int = 0, **rule: Any) -> StepPlan:
+    """A step in which a gate decides about a site."""
+    return StepPlan({site: Gated(Gate(**rule), Recall(order))})
+
+
 PLANS: dict[str, tuple[Accelerator, list[StepPlan]]] = {
     "none": (NoAcceleration(), [FULL] * 4),
     "auto": (Auto(prefer="speed", flexible=True), [FULL]),
@@ -79,6 +92,37 @@ PLANS: dict[str, tuple[Accelerator, list[StepPlan]]] = {
     "forecast": (
         Forecast(interval=3, order=2, warmup=2),
         [FULL, FULL, StepPlan({OUTPUT: Recall(2)}), FULL, *[StepPlan({OUTPUT: Recall(2)})] * 2, FULL],
+    ),
+    "first_block_cache": (
+        FirstBlockCache(threshold=0.5, order=1, warmup=2, max_skips=3, pair="max"),
+        [gated(blocks(1, 28), 1, threshold=0.5000000000000001, warmup=2, max_skips=3, pair="max")] * 4,
+    ),
+    "teacache": (
+        TeaCache(threshold=0.2, coefficients=(2.0, 1.0, 0.5)),
+        [
+            *[
+                gated(
+                    blocks(0, 28),
+                    threshold=0.2,
+                    probe="modulated",
+                    refresh="always",
+                    accumulate=True,
+                    coefficients=(2.0, 1.0, 0.5),
+                    warmup=1,
+                    pair="mean",
+                )
+            ]
+            * 3,
+            FULL,
+        ],
+    ),
+    "magcache": (
+        MagCache(ratios=(1.0, 1.0, 1.01, 1.02, 1.5, 1.0), max_skips=2, retention=0.3, order=1, threshold=0.1),
+        [FULL, FULL, *[StepPlan({blocks(0, 28): Recall(1)})] * 2, FULL, StepPlan({blocks(0, 28): Recall(1)})],
+    ),
+    "adaptive_deepcache": (
+        AdaptiveDeepCache(branch=2, order=2),
+        [gated(level(2), 2, threshold=0.2, probe="input", warmup=1, pair="mean")] * 3,
     ),
     "selective_guidance": (
         SelectiveGuidance(start=0.25, stop=0.75),
@@ -279,7 +323,7 @@ def test_a_spread_has_as_many_steps_as_asked(count: int) -> None:
         ({"steps": (1, 2)}, "steps must begin with 0 and rise"),
         ({"steps": ()}, "at least 1 item"),
         ({"order": 5}, "less than or equal to 4"),
-        ({"basis": "hermit"}, "'newton' or 'taylor'"),
+        ({"basis": "hermit"}, "'newton', 'taylor' or 'hermite'"),
     ],
 )
 def test_forecasts_that_cannot_be(values: dict[str, object], reason: str) -> None:
@@ -301,3 +345,73 @@ def test_a_forecast_fits_its_run(forecast: Forecast, field: str) -> None:
 def test_caches_foretell_where_an_order_is_given() -> None:
     assert DeepCache(order=1).plan(1, 9).reuse == {level(0): Recall(1)}
     assert DeltaDiT(order=2).bind(dit_spec(4), run_spec()).plan(1, 9).reuse == {blocks(1, 4): Recall(2)}
+
+
+@pytest.mark.parametrize(
+    ("ratios", "options", "skipped"),
+    [
+        ((1.0,) * 9, {"retention": 0.0}, [1, 2, 3, 5, 6, 7]),  # three in a row, then one in full
+        ((1.0,) * 9, {"retention": 0.5, "max_skips": 1}, [5, 7]),
+        ((1.0, 0.97, 0.97, 0.97, 0.97, 0.97), {"retention": 0.0}, [1, 3, 5]),  # .03, then .03 + .0591 is too much
+        ((1.0, 1.2, 1.0, 1.0, 1.0), {"retention": 0.0}, [2, 3, 4]),
+        ((1.0,), {"retention": 0.2}, [1, 2, 3, 5, 6]),  # one ratio stands for seven steps
+        ((5.0, 1.0), {"retention": 1.0}, []),
+    ],
+)
+def test_which_steps_magcache_skips(ratios: tuple[float, ...], options: dict[str, Any], skipped: list[int]) -> None:
+    """Worked by hand from the rule: threshold 0.06, at most three in a row unless told otherwise."""
+    steps = len(ratios) if len(ratios) > 2 else 7
+    cache = MagCache(ratios=ratios, **options).bind(dit_spec(4), run_spec(steps))
+    assert [step for step in range(steps) if cache.plan(step, steps).reuse] == skipped
+
+
+def profile(steps: int, scheduler: str = "ddim", **fitted: tuple[float, ...]) -> Any:
+    """What a cache asks of a profile."""
+    facts = {"scheduler": scheduler, "num_inference_steps": steps, "mag_ratios": (), "tea_coefficients": ()}
+    return SimpleNamespace(**facts | fitted)
+
+
+def test_fitted_numbers_come_from_the_nearest_profile_that_has_them() -> None:
+    profiles = {
+        "few": profile(10, mag_ratios=(1.0, 1.5), tea_coefficients=(1.0, 0.0)),
+        "many": profile(50, mag_ratios=(1.0, 2.5)),
+        "other": profile(25, "euler", mag_ratios=(1.0, 3.5), tea_coefficients=(7.0,)),
+    }
+    model = dit_spec(4, profiles=profiles)
+    for steps, ratio in ((9, 1.5), (29, 1.5), (30, 1.5), (31, 2.5), (999, 2.5)):
+        assert MagCache().bind(model, run_spec(steps)).ratios == (1.0, ratio)
+    assert MagCache().bind(model, run_spec(25, scheduler="euler")).ratios == (1.0, 3.5)
+    assert MagCache(ratios=(1.0,)).bind(model, run_spec(25)).ratios == (1.0,)
+    assert TeaCache().bind(model, run_spec(50)).coefficients == (1.0, 0.0)
+    assert TeaCache(coefficients=(3.0,)).bind(model, run_spec(50)).coefficients == (3.0,)
+
+
+@pytest.mark.parametrize(
+    ("cache", "field"), [(MagCache(), "acceleration.ratios"), (TeaCache(), "acceleration.coefficients")]
+)
+def test_without_a_profile_the_refusal_names_the_command(cache: Accelerator, field: str) -> None:
+    model = dit_spec(4, profiles={"other": profile(25, "euler", mag_ratios=(1.0,), tea_coefficients=(1.0,))})
+    with pytest.raises(NoProfile, match=r"slipstream calibrate --model dit --scheduler ddim") as caught:
+        cache.bind(model, run_spec(25))
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "values", "reason"),
+    [
+        (FirstBlockCache, {"threshold": 0}, "greater than 0"),
+        (FirstBlockCache, {"warmup": 0}, "greater than or equal to 1"),
+        (FirstBlockCache, {"max_skips": 0}, "greater than or equal to 1"),
+        (FirstBlockCache, {"pair": "min"}, "'mean' or 'max'"),
+        (AdaptiveDeepCache, {"order": 5}, "less than or equal to 4"),
+        (TeaCache, {"coefficients": ()}, "at least 1 item"),
+        (TeaCache, {"coefficients": (1.0,) * 9}, "at most 8 items"),
+        (TeaCache, {"coefficients": (float("nan"),)}, "finite number"),
+        (MagCache, {"ratios": (1.0,) * 1001}, "at most 1000 items"),
+        (MagCache, {"ratios": (1.0, 0.0)}, "greater than 0"),
+        (MagCache, {"retention": 1.5}, "less than or equal to 1"),
+    ],
+)
+def test_caches_that_cannot_be(accelerator: type[Accelerator], values: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        accelerator.model_validate(values)

@@ -418,7 +418,10 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert abs(unet["created"] - time.time()) < 60
     common = {"object": "model", "created": unet["created"], "owned_by": "slipstream"}
     fits = [mode["mode"] for mode in dit.pop("accelerators")]
-    assert fits == ["none", "delta_dit", "ditfastattn", "selective_guidance", "forecast"]
+    assert fits == [
+        "none", "delta_dit", "ditfastattn", "selective_guidance", "forecast",
+        "first_block_cache", "teacache", "magcache",
+    ]  # fmt: skip
     assert dit == common | {
         "id": "dit",
         "default": False,
@@ -457,9 +460,9 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     student = {"name": "student", "guidance_scale": 4.0, "rank": 4, "parameters": 100, "negative_prompt": ""}
     assert unet["adapters"] == [student]
     assert [a["mode"] for a in unet["accelerators"]] == [
-        "none", "deepcache", "cfg_student", "depth_skip", "selective_guidance", "forecast",
+        "none", "deepcache", "cfg_student", "depth_skip", "selective_guidance", "forecast", "adaptive_deepcache",
     ]  # fmt: skip
-    assert [a["models"] for a in unet["accelerators"]] == [["unet"]] * 6
+    assert [a["models"] for a in unet["accelerators"]] == [["unet"]] * 7
     assert (classes["conditioning"], classes["num_classes"], classes["image_to_image"]) == ("class", 10, False)
     assert {mode["mode"]: (mode["models"], mode["families"]) for mode in modes["data"]} == {
         "none": (["unet", "dit", "classes"], ["unet", "dit"]),
@@ -471,6 +474,10 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
         "depth_skip": (["unet"], ["unet"]),
         "selective_guidance": (["unet", "dit", "classes"], ["unet", "dit"]),
         "forecast": (["unet", "dit", "classes"], ["unet", "dit"]),
+        "first_block_cache": (["dit", "classes"], ["dit"]),
+        "teacache": (["dit", "classes"], ["dit"]),
+        "magcache": (["dit", "classes"], ["dit"]),
+        "adaptive_deepcache": (["unet"], ["unet"]),
     }
     deepcache = next(mode for mode in modes["data"] if mode["mode"] == "deepcache")
     assert deepcache["paper"] == "https://arxiv.org/abs/2312.00858"

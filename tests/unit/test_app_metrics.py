@@ -37,6 +37,7 @@ WANTED = {
     "forecast_steps": ("counter", ""),
     "auto_choices": ("counter", "model candidate"),
     "auto_moved": ("counter", ""),
+    "gate_decisions": ("counter", "model mode decision"),
     "macs": ("counter", "model kind"),
     "images": ("counter", "model"),
     "requests_running": ("gauge", ""),

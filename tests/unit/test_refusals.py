@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,17 +12,23 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from models.accelerators import (
+    AdaptiveDeepCache,
     CfgStudent,
     DeepCache,
     DeltaDiT,
     DepthSkip,
     DiTFastAttn,
+    FirstBlockCache,
+    Forecast,
+    MagCache,
     NoAcceleration,
     SelectiveGuidance,
+    TeaCache,
 )
 from models.errors import (
     AcceleratorConflict,
     GuidanceRequired,
+    NoProfile,
     OutOfRange,
     PlanMismatch,
     RequestError,
@@ -33,7 +40,7 @@ from models.resolve import resolve
 from models.search.attention_plan import Plan
 from models.solvers.names import supported
 from models.spec import AdapterInfo, ModelSpec
-from tests.unit.specs import dit_spec, unet_spec
+from tests.unit.specs import DIT_SITES, dit_spec, unet_spec
 
 CONFIG = DDIMScheduler().config
 UNET, DIT = unet_spec(), dit_spec(depth=2)
@@ -94,6 +101,37 @@ REFUSALS: list[tuple[ModelSpec, dict[str, Any], type[RequestError], str, str]] =
     ),
     (DIT, {"acceleration": [DeltaDiT(), DeltaDiT()]}, AcceleratorConflict, "acceleration", "delta_dit and delta_dit"),
     (DIT, {"acceleration": [plan(), plan()]}, AcceleratorConflict, "acceleration", "both decide the attention"),
+    *[
+        (model, {"acceleration": pair}, AcceleratorConflict, "acceleration", f"both decide the {claim} of a step")
+        for model, claim, pair in (
+            (UNET, "exit", [CACHE, AdaptiveDeepCache()]),
+            (UNET, "exit", [DepthSkip(depth=2), AdaptiveDeepCache()]),
+            (DIT, "cached", [DeltaDiT(), FirstBlockCache()]),
+            (DIT, "cached", [DeltaDiT(), MagCache()]),
+            (DIT, "attention", [plan(), FirstBlockCache()]),
+            (DIT, "attention", [plan(), TeaCache()]),
+            (DIT, "attention", [FirstBlockCache(), TeaCache()]),
+            (DIT, "cached", [MagCache(), TeaCache()]),
+        )
+    ],
+    (DIT, {"acceleration": MagCache()}, NoProfile, "acceleration.ratios", "slipstream calibrate --model dit"),
+    (DIT, {"acceleration": TeaCache()}, NoProfile, "acceleration.coefficients", "slipstream calibrate --model dit"),
+    (UNET, {"acceleration": FirstBlockCache()}, WrongBackbone, "acceleration.mode", "first_block_cache is for dit"),
+    (
+        dit_spec(1),
+        {"acceleration": FirstBlockCache()},
+        WrongBackbone,
+        "acceleration.mode",
+        "needs two blocks, dit has 1",
+    ),
+    (
+        dit_spec(2, sites=replace(DIT_SITES, depth=2, offers=frozenset())),
+        {"acceleration": TeaCache(coefficients=(1.0, 0.0))},
+        WrongBackbone,
+        "acceleration.mode",
+        r"needs blocks 0\.\.2 gated by modulated, which dit does not offer",
+    ),
+    (UNET, {"acceleration": AdaptiveDeepCache(branch=12)}, OutOfRange, "acceleration.branch", r"12 is not in 0\.\.11"),
     # Sharing across guidance without guidance.
     (
         DIT,
@@ -226,6 +264,12 @@ ACCEPTED: list[tuple[ModelSpec, dict[str, Any], tuple[str, ...]]] = [
     (DIT, {"acceleration": [plan(guidance=False), SHARE], **THREE}, ("ditfastattn", "cfg_student")),
     (DIT, {"acceleration": [plan(**SHARED), SelectiveGuidance()], **THREE}, ("ditfastattn", "selective_guidance")),
     (DIT, {"acceleration": [SHARE, DeltaDiT()]}, ("cfg_student", "delta_dit")),
+    (UNET, {"acceleration": [SHARE, AdaptiveDeepCache()]}, ("cfg_student", "adaptive_deepcache")),
+    (UNET, {"acceleration": [Forecast(), AdaptiveDeepCache()]}, ("forecast", "adaptive_deepcache")),
+    (DIT, {"acceleration": [SelectiveGuidance(), FirstBlockCache()]}, ("selective_guidance", "first_block_cache")),
+    (DIT, {"acceleration": [SHARE, TeaCache(coefficients=(1.0, 0.0))]}, ("cfg_student", "teacache")),
+    (DIT, {"acceleration": [plan(), MagCache(ratios=(1.0,))], **THREE}, ("ditfastattn", "magcache")),
+    (DIT, {"acceleration": [Forecast(), MagCache(ratios=(1.0,))]}, ("forecast", "magcache")),
 ]
 
 
