@@ -20,6 +20,7 @@ from models.accelerators.forecast import Forecast
 from models.accelerators.magcache import MagCache
 from models.accelerators.none import NoAcceleration
 from models.accelerators.selective_guidance import SelectiveGuidance
+from models.accelerators.taylorseer import TaylorSeer
 from models.accelerators.teacache import TeaCache
 from models.errors import AcceleratorConflict, RequestError, WrongBackbone
 from models.spec import ModelSpec, RunSpec
@@ -34,6 +35,7 @@ REGISTRY: dict[str, type[Accelerator]] = {
     "depth_skip": DepthSkip,
     "selective_guidance": SelectiveGuidance,
     "forecast": Forecast,
+    "taylorseer": TaylorSeer,
     "first_block_cache": FirstBlockCache,
     "teacache": TeaCache,
     "magcache": MagCache,
@@ -90,6 +92,7 @@ __all__ = [
     "MagCache",
     "NoAcceleration",
     "SelectiveGuidance",
+    "TaylorSeer",
     "TeaCache",
     "bind",
     "from_mode",

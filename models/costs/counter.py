@@ -24,12 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.adapters.lora import Lora, meta_lora
 from models.families import Family, of_network
 from models.networks.base import Network
-from models.networks.sites import attention, blocks, level
+from models.networks.sites import attention, blocks, cross_attention, feed_forward, level
 from models.networks.transformer import Transformer, attention_rows
 from models.networks.unet import UNet, truncate
 from models.reuse.plans import Reading, Recall, RowPlan, StepRows, Twin, Zeros
 from models.reuse.rows import Conditioning, Places, Row
-from models.reuse.sites import Feature
+from models.reuse.sites import Feature, Site
 from models.reuse.store import FeatureStore
 
 MOST_COUNTS = 4096
@@ -145,8 +145,9 @@ class Counts:
         site = attention(block)
         reading = plan.reads.get(site)
         reuse = None if reading is None else reading.reuse
-        residuals = frozenset(f.width for f in plan.keep if f.site == site and f.kind == "residual")
-        key = ("block", reuse, residuals, lora, block if lora is not None else 0)
+        residuals = frozenset(f.width for f in plan.keep if f.kind == "residual" and f.site == site)
+        recalled = tuple((site.kind, len(one.entries)) for site, one in _modules(plan, block).items())
+        key = ("block", reuse, recalled, residuals, lora, block if lora is not None else 0)
         return self._cached(key, lambda: self._one_block(plan, block, lora))
 
     def _one_block(self, plan: RowPlan, block: int, lora: Lora | None) -> int:
@@ -156,14 +157,15 @@ class Counts:
         reading = plan.reads.get(site)
         twin = reading is not None and isinstance(reading.reuse, Twin)
         keep = frozenset(f for f in plan.keep if f.site == site)
-        row = Row(RowPlan(0, {} if reading is None else {site: reading}, keep), "conditional", self, lora=lora)
+        reads = _modules(plan, block)
+        row = Row(RowPlan(0, reads, keep), "conditional", self, lora=lora)
         partner = Row(RowPlan(0, {}, keep), "conditional", self)
         if twin:
             row.role = "unconditional"
         rows = [partner, row] if twin else [row]
         x, t, conditioning = self._inputs(len(rows))
         h, inputs, _ = network.begin(x, t, conditioning)
-        for entry in () if reading is None else reading.entries:
+        for entry in (entry for one in reads.values() for entry in one.entries):
             shape = network.sites.shape(entry[0], *self._size)
             store.write([(row.memory, entry)], torch.empty(1, *shape, device="meta"))
         both = self._count(lambda: network.block(block, h, inputs, attention_rows(rows, block, store, Places(h))))
@@ -198,6 +200,12 @@ class Counts:
         with _Flops(display=False) as counter, torch.inference_mode(), hidden:
             forward()
         return int(counter.get_total_flops()) // 2
+
+
+def _modules(plan: RowPlan, block: int) -> dict[Site, Reading]:
+    """What a row reads in place of modules of a block."""
+    sites = (site(block) for site in (attention, cross_attention, feed_forward))
+    return {site: plan.reads[site] for site in sites if site in plan.reads}
 
 
 class _Flops(FlopCounterMode):

@@ -24,13 +24,14 @@ from models.reuse.store import FeatureStore
 @dataclass(frozen=True, slots=True)
 class AttentionRows:
     """What the attentions of one block need to know of the batch. `site` is its self-attention's, where any row
-    reuses or remembers it."""
+    reuses or remembers it; `modules` says whether any does so with another module of the block."""
 
     rows: Sequence[Row]
     segments: tuple[Segment, ...]
     site: Site | None = None
     store: FeatureStore | None = None
     places: Places | None = None
+    modules: bool = False
 
     def reading(self, row: int) -> Reading | None:
         """What stands in for this row's self-attention; None: it is computed in full."""

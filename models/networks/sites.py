@@ -22,6 +22,20 @@ def attention(number: int) -> Site:
     return Site("attention", number)
 
 
+def cross_attention(number: int) -> Site:
+    """The cross-attention of transformer block `number`."""
+    return Site("cross_attention", number)
+
+
+def feed_forward(number: int) -> Site:
+    """The feed-forward of transformer block `number`."""
+    return Site("feed_forward", number)
+
+
+MODULES = ("attention", "cross_attention", "feed_forward")
+"""Kinds of the sites inside a block, in the order in which they run."""
+
+
 @dataclass(frozen=True, slots=True)
 class UNetSites:
     """Nested levels. `channels` and `halvings` of the hidden state that enters each level's output block; `skips` are
@@ -68,7 +82,7 @@ class UNetSites:
 
 @dataclass(frozen=True, slots=True)
 class TransformerSites:
-    """A sequence of blocks with a self-attention each. Parts 3k, 3k + 1, 3k + 2: before, in and after attention k."""
+    """A sequence of blocks with a self-attention each. Parts 3k, 3k + 1, 3k + 2 are the modules of block k."""
 
     latent_channels: int
     depth: int
@@ -76,15 +90,16 @@ class TransformerSites:
     dim: int
     heads: int
     head_dim: int
-    offers: frozenset[str] = frozenset()  # what not every transformer can: "modulated" probes
+    offers: frozenset[str] = frozenset()  # what not every transformer can: "modulated" probes, modules
 
     def span(self, site: Site) -> Span:
         """See `Sites`."""
         start, stop = site.start, site.stop
         if site == OUTPUT:
             return 0, 3 * self.depth
-        if site.kind == "attention" and 0 <= start < self.depth:
-            return 3 * start + 1, 3 * start + 2
+        if site.kind in MODULES and 0 <= start < self.depth:
+            part = 3 * start + MODULES.index(site.kind)
+            return part, part + 1
         if site.kind == "blocks" and stop is not None and 0 <= start < stop <= self.depth:
             return 3 * start, 3 * stop
         raise KeyError(f"{site}: this network has blocks 0..{self.depth} with an attention each")
@@ -97,6 +112,8 @@ class TransformerSites:
         """See `Sites`."""
         if site.kind == "attention":
             return frozenset({"recall", "window", "shared"})
+        if site.kind in MODULES:
+            return frozenset({"recall"} if site.kind in self.offers else ())
         if site.kind != "blocks":
             return frozenset({"recall"})
         probes = {"input"} | ({"residual"} if site.start else set()) | (self.offers & {"modulated"})

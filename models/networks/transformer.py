@@ -22,7 +22,7 @@ from models.networks import dit_block
 from models.networks.attention import AttentionRows
 from models.networks.gated_blocks import BlockInputs, run_gated
 from models.networks.gating import gates_of
-from models.networks.sites import TransformerSites, attention
+from models.networks.sites import TransformerSites, attention, cross_attention, feed_forward
 from models.reuse.plans import RowPlan
 from models.reuse.rows import Conditioning, Places, Row, kept, put, segments
 from models.reuse.sites import Feature, Site, Sites
@@ -161,7 +161,7 @@ class DiT(Transformer):
             int(module.config.num_attention_heads * module.config.attention_head_dim),
             int(module.config.num_attention_heads),
             int(module.config.attention_head_dim),
-            offers=frozenset({"modulated"}),
+            offers=frozenset({"modulated", "feed_forward", *(() if self.by_class else ("cross_attention",))}),
         )
         attentions = [block.attn1 for block in module.transformer_blocks]
         super().__init__(module, module.transformer_blocks, attentions, sites)
@@ -179,6 +179,8 @@ class DiT(Transformer):
 
     def block(self, number: int, h: Tensor, inputs: BlockInputs, attention: AttentionRows | None) -> Tensor:
         """See `Transformer`."""
+        if attention is not None and attention.modules:
+            return dit_block.run(self.blocks[number], number, h, inputs, attention)
         kwargs = None if attention is None else {"rows": attention}
         out: Tensor = self.blocks[number](h, attention_mask=None, cross_attention_kwargs=kwargs, **inputs.rows)
         return out
@@ -265,9 +267,15 @@ def _zone(plan: RowPlan) -> tuple[int, int]:
 
 
 def attention_rows(rows: Sequence[Row], block: int, store: FeatureStore, places: Places) -> AttentionRows | None:
-    """What the attentions of a block need to know of its rows; None where all is plain."""
-    site = attention(block)
-    special = any(site in row.plan.reads or any(f.site == site for f in row.plan.keep) for row in rows)
-    if special:
-        return AttentionRows(rows, segments(rows), site, store, places)
+    """What the modules of a block need to know of its rows; None where all is plain."""
+    site, others = attention(block), (cross_attention(block), feed_forward(block))
+    special = any(_touches(row.plan, site) for row in rows)
+    modules = any(_touches(row.plan, other) for other in others for row in rows)
+    if special or modules:
+        return AttentionRows(rows, segments(rows), site if special else None, store, places, modules)
     return AttentionRows(rows, segments(rows)) if any(row.lora is not None for row in rows) else None
+
+
+def _touches(plan: RowPlan, site: Site) -> bool:
+    """Whether a row reuses or remembers anything of a module."""
+    return site in plan.reads or Feature(site, "value") in plan.keep or any(f.site == site for f in plan.keep)

@@ -153,13 +153,15 @@ def row_plan(sites: Sites, view: View, known: Known, step: int) -> RowPlan:
 
 
 def _outermost(sites: Sites, view: View) -> View:
-    """Without the sites that lie inside another one that is not run."""
-    skipped = {site: sites.span(site) for site, reuse in view.items() if isinstance(reuse, Zeros | Recall)}
-    return {
-        site: reuse
-        for site, reuse in view.items()
-        if not any(other != site and contains(span, sites.span(site)) for other, span in skipped.items())
-    }
+    """Without the sites that lie inside another one that is not run. Spans are nested or apart."""
+    found: dict[Site, RowReuse] = {}
+    reach = 0
+    for (_, stop), site in sorted(((sites.span(site), site) for site in view), key=lambda one: (one[0][0], -one[0][1])):
+        if stop > reach:
+            found[site] = view[site]
+            if isinstance(view[site], Zeros | Recall):
+                reach = stop
+    return found
 
 
 def _wanted(sites: Sites, site: Site, reuse: RowReuse) -> tuple[Feature, int] | None:

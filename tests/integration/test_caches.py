@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, apply_first_block_cache, apply_mag_cache
+from diffusers.hooks import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    TaylorSeerCacheConfig,
+    apply_first_block_cache,
+    apply_mag_cache,
+    apply_taylorseer_cache,
+)
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 
@@ -20,6 +27,7 @@ from models.accelerators import (
     Forecast,
     MagCache,
     SelectiveGuidance,
+    TaylorSeer,
     TeaCache,
 )
 from models.accelerators.base import Accelerator
@@ -32,7 +40,11 @@ from tests.reference import by_loop, generators, text_conditioning
 
 Backbones = Callable[..., Backbone]
 STEPS = 9
-APPLY: dict[type, Any] = {FirstBlockCacheConfig: apply_first_block_cache, MagCacheConfig: apply_mag_cache}
+APPLY: dict[type, Any] = {
+    FirstBlockCacheConfig: apply_first_block_cache,
+    MagCacheConfig: apply_mag_cache,
+    TaylorSeerCacheConfig: apply_taylorseer_cache,
+}
 RATIOS = (1.0, 1.2, 0.9, 1.004, 1.03, 0.97, 1.01, 0.99, 1.02)
 
 
@@ -54,7 +66,10 @@ def reference(pipeline: Any, hook: Any, guided: bool) -> tuple[list[Tensor], Ten
     if hook is not None:
         APPLY[type(hook)](pipeline.transformer, hook)
     pipeline.transformer.register_forward_hook(lambda module, args, out: seen.append(out.sample.clone()))
-    rows = text_conditioning(pipeline, "a red ring", "", guided)
+    if hasattr(pipeline, "text_encoder"):
+        rows = text_conditioning(pipeline, "a red ring", "", guided)
+    else:
+        rows = [{"class_labels": torch.tensor([label])} for label in ((3, 1000) if guided else (3,))]
     with CacheMixin.cache_context(pipeline.transformer, "pair"):
         drawn = by_loop(pipeline, "ddim", rows, steps=STEPS, scale=3.0, seeds=generators(1, 1))
     return seen, drawn.latents
@@ -78,6 +93,39 @@ HOOKS: dict[str, Callable[[], tuple[Any, Accelerator]]] = {
         MagCache(ratios=(1.0, 1.03, 0.9, 1.01), threshold=0.2, max_skips=2, retention=0.3),
     ),
 }
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("layout", ["pixart-alpha", "dit"])
+@pytest.mark.parametrize(("interval", "order", "warmup"), [(3, 2, 2), (2, 1, 1), (4, 3, 3)])
+def test_taylorseer_equals_diffusers_hook_step_by_step(
+    interval: int,
+    order: int,
+    warmup: int,
+    layout: str,
+    guided: bool,
+    backbone_of: Backbones,
+    pipeline_of: Callable[..., Any],
+) -> None:
+    """Told the modules by name: by default diffusers takes only what is called `attn`, which neither network has."""
+    pipeline = copy.deepcopy(pipeline_of(layout, torch.float64))
+    hook = TaylorSeerCacheConfig(
+        cache_interval=interval,
+        disable_cache_before_step=warmup,
+        max_order=order,
+        taylor_factors_dtype=torch.float64,
+        cache_identifiers=[r"transformer_blocks\.\d+\.(attn1|attn2|ff)"],
+    )
+    ran: list[int] = []
+    pipeline.transformer.transformer_blocks[2].ff.net[0].register_forward_hook(lambda *_: ran.append(1))
+    expected, latents = reference(pipeline, hook, guided)
+    cache = TaylorSeer(interval=interval, order=order, warmup=warmup)
+    found, trajectory = predictions(backbone_of(layout, torch.float64), cache, guided)
+    assert STEPS - len(skipped(trajectory)) == len(ran) == warmup + len(range(warmup + 1, STEPS, interval))
+    for step in range(STEPS):
+        channels = found[step].shape[1]
+        assert distance(found[step], expected[step][:, :channels]) <= 1e-12, step
+    assert distance(trajectory.latents, latents) <= 1e-12
 
 
 @pytest.mark.parametrize("guided", [True, False])

@@ -419,7 +419,7 @@ def test_gates_meet_the_host_once_a_forward(layout: str, student_of: Backbones, 
     backbone = student_of(layout, torch.float64)
     trajectories = [begin(backbone, case(layout, name, backbone)) for name in CASES[layout]]
     met = []
-    for _ in range(4):
+    for _ in range(3):
         rows = [(row, t) for t in trajectories for row in t.rows()]
         open_gates = {row.turn for row, _ in rows if row.plan.gating and not row.plan.gating.forced}
         before = waits.count

@@ -23,6 +23,7 @@ from models.accelerators import (
     Forecast,
     MagCache,
     SelectiveGuidance,
+    TaylorSeer,
 )
 from models.denoise import predict
 from models.generate import start
@@ -114,6 +115,17 @@ DIT_CASES: dict[str, Callable[[Backbone], dict[str, Any]]] = {
         "acceleration": [MagCache(ratios=(1.0, 1.01), order=1), attention(b, 5, "euler", 7, guided=True, window=5)],
         "scheduler": "euler",
         "num_inference_steps": 7,
+    },
+    "taylorseer": lambda _: {
+        "acceleration": [TaylorSeer(interval=3, order=2, warmup=2), SelectiveGuidance(start=0.2)],
+        "scheduler": "ddim",
+        "num_inference_steps": 9,
+    },
+    "taylorseer_student": lambda _: {
+        "acceleration": [CfgStudent(), TaylorSeer(interval=2, warmup=1, basis="hermite")],
+        "scheduler": "dpmpp_2m",
+        "num_inference_steps": 6,
+        "guidance_scale": None,
     },
     "student": lambda _: {
         "acceleration": [CfgStudent(), DeltaDiT(interval=3, blocks=3, boundary=2)],

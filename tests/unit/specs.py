@@ -10,7 +10,15 @@ from models.profiles import Candidate, Likeness, Profile, pareto
 from models.spec import AdapterInfo, ModelSpec, RunSpec
 
 UNET_SITES = UNetSites(4, channels=(8,) * 12, halvings=(0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3))
-DIT_SITES = TransformerSites(4, depth=4, patch_size=2, dim=16, heads=2, head_dim=8, offers=frozenset({"modulated"}))
+DIT_SITES = TransformerSites(
+    4,
+    depth=4,
+    patch_size=2,
+    dim=16,
+    heads=2,
+    head_dim=8,
+    offers=frozenset({"modulated", "cross_attention", "feed_forward"}),
+)
 SCHEDULERS = ("ddim", "pndm", "euler", "dpmpp_2m", "heun")
 
 

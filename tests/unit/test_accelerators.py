@@ -25,6 +25,7 @@ from models.accelerators import (
     MagCache,
     NoAcceleration,
     SelectiveGuidance,
+    TaylorSeer,
     TeaCache,
     bind,
 )
@@ -32,7 +33,7 @@ from models.accelerators.base import Accelerator
 from models.accelerators.deepcache import nonuniform_steps
 from models.accelerators.forecast import spread
 from models.errors import AcceleratorConflict, NoProfile, OutOfRange
-from models.networks.sites import attention, blocks, level
+from models.networks.sites import attention, blocks, cross_attention, feed_forward, level
 from models.reuse.gates import Gate
 from models.reuse.plans import Gated, Recall, Reuse, Shared, StepPlan, Window, Zeros
 from models.reuse.sites import OUTPUT, Site
@@ -55,6 +56,9 @@ PLAN = Plan.model_validate(
 )
 
 REUSE: dict[str, Reuse] = {"ast": Recall(), "wa-rs": Window(7), "asc": Shared(), "wa-rs+asc": Shared(Window(7))}
+SEEN = StepPlan(
+    {site(k): Recall(2, "taylor") for k in range(28) for site in (attention, cross_attention, feed_forward)}
+)
 FULL, ZEROS = StepPlan(), StepPlan({level(8): Zeros()})
 
 
@@ -92,6 +96,10 @@ PLANS: dict[str, tuple[Accelerator, list[StepPlan]]] = {
     "forecast": (
         Forecast(interval=3, order=2, warmup=2),
         [FULL, FULL, StepPlan({OUTPUT: Recall(2)}), FULL, *[StepPlan({OUTPUT: Recall(2)})] * 2, FULL],
+    ),
+    "taylorseer": (
+        TaylorSeer(interval=3, order=2, warmup=2),
+        [FULL, FULL, SEEN, FULL, SEEN, SEEN, FULL, SEEN],
     ),
     "first_block_cache": (
         FirstBlockCache(threshold=0.5, order=1, warmup=2, max_skips=3, pair="max"),

@@ -420,7 +420,7 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     fits = [mode["mode"] for mode in dit.pop("accelerators")]
     assert fits == [
         "none", "delta_dit", "ditfastattn", "selective_guidance", "forecast",
-        "first_block_cache", "teacache", "magcache",
+        "taylorseer", "first_block_cache", "teacache", "magcache",
     ]  # fmt: skip
     assert dit == common | {
         "id": "dit",
@@ -474,6 +474,7 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
         "depth_skip": (["unet"], ["unet"]),
         "selective_guidance": (["unet", "dit", "classes"], ["unet", "dit"]),
         "forecast": (["unet", "dit", "classes"], ["unet", "dit"]),
+        "taylorseer": (["dit", "classes"], ["dit"]),
         "first_block_cache": (["dit", "classes"], ["dit"]),
         "teacache": (["dit", "classes"], ["dit"]),
         "magcache": (["dit", "classes"], ["dit"]),

@@ -283,5 +283,5 @@ def test_the_list_of_accelerators() -> None:
     assert list(rows) == [
         "none", "auto", "deepcache", "delta_dit", "ditfastattn", "cfg_student", "depth_skip", "selective_guidance",
         "forecast",
-        "first_block_cache", "teacache", "magcache", "adaptive_deepcache",
+        "taylorseer", "first_block_cache", "teacache", "magcache", "adaptive_deepcache",
     ]  # fmt: skip

@@ -23,6 +23,7 @@ from models.accelerators import (
     MagCache,
     NoAcceleration,
     SelectiveGuidance,
+    TaylorSeer,
     TeaCache,
 )
 from models.errors import (
@@ -112,6 +113,8 @@ REFUSALS: list[tuple[ModelSpec, dict[str, Any], type[RequestError], str, str]] =
             (DIT, "attention", [plan(), TeaCache()]),
             (DIT, "attention", [FirstBlockCache(), TeaCache()]),
             (DIT, "cached", [MagCache(), TeaCache()]),
+            (DIT, "cached", [DeltaDiT(), TaylorSeer()]),
+            (DIT, "attention", [plan(), TaylorSeer()]),
         )
     ],
     (DIT, {"acceleration": MagCache()}, NoProfile, "acceleration.ratios", "slipstream calibrate --model dit"),
@@ -130,6 +133,13 @@ REFUSALS: list[tuple[ModelSpec, dict[str, Any], type[RequestError], str, str]] =
         WrongBackbone,
         "acceleration.mode",
         r"needs blocks 0\.\.2 gated by modulated, which dit does not offer",
+    ),
+    (
+        dit_spec(2, sites=replace(DIT_SITES, depth=2, offers=frozenset())),
+        {"acceleration": TaylorSeer()},
+        WrongBackbone,
+        "acceleration.mode",
+        "needs feed_forward 0 recall, which dit does not offer",
     ),
     (UNET, {"acceleration": AdaptiveDeepCache(branch=12)}, OutOfRange, "acceleration.branch", r"12 is not in 0\.\.11"),
     # Sharing across guidance without guidance.
@@ -269,6 +279,8 @@ ACCEPTED: list[tuple[ModelSpec, dict[str, Any], tuple[str, ...]]] = [
     (DIT, {"acceleration": [SelectiveGuidance(), FirstBlockCache()]}, ("selective_guidance", "first_block_cache")),
     (DIT, {"acceleration": [SHARE, TeaCache(coefficients=(1.0, 0.0))]}, ("cfg_student", "teacache")),
     (DIT, {"acceleration": [plan(), MagCache(ratios=(1.0,))], **THREE}, ("ditfastattn", "magcache")),
+    (DIT, {"acceleration": [SHARE, TaylorSeer()]}, ("cfg_student", "taylorseer")),
+    (DIT, {"acceleration": [Forecast(), TaylorSeer(interval=2)]}, ("forecast", "taylorseer")),
     (DIT, {"acceleration": [Forecast(), MagCache(ratios=(1.0,))]}, ("forecast", "magcache")),
 ]
 
