@@ -94,7 +94,7 @@ class Impossible(ServiceError):
 
 
 class QueueFull(ServiceError):
-    """As many requests wait as may."""
+    """As many requests wait as may, or as many bytes of them."""
 
     status, kind, outcome, code = 429, "rate_limit_error", "rejected", "queue_full"
 

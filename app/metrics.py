@@ -85,6 +85,7 @@ class Metrics:
         self.images = counter("images_total", "Images delivered.", "model")
         self.running = gauge("requests_running", "Requests being denoised or decoded.")
         self.waiting = gauge("requests_waiting", "Requests accepted and not started.")
+        self.waiting_bytes = gauge("waiting_bytes", "What unanswered requests keep: uploads, pictures, runs.")
         self.capacity = gauge("queue_capacity", "Requests that may wait.")
         self.rejected = counter("requests_rejected_total", "Requests refused for lack of room or readiness.", "reason")
         self.cancelled = counter("requests_cancelled_total", "Requests given up before their end.", "cause")

@@ -61,6 +61,9 @@ class Settings(BaseSettings):
         "auto", description="Rows a tick; auto measures at start where more rows stop paying."
     )
     max_queue: int = Field(256, ge=1, le=100_000, description="Requests that may wait.")
+    max_waiting_bytes: int = Field(
+        2**30, ge=2**20, description="What unanswered requests may keep together: uploads, pictures, runs."
+    )
     max_feature_bytes: int = Field(
         4 * 2**30, ge=0, description="Remembered features above which no further image is started."
     )
@@ -73,7 +76,7 @@ class Settings(BaseSettings):
     max_images: int = Field(10, ge=1, le=1000, description="Images of a request.")
     max_prompt_length: int = Field(4000, ge=1, description="Characters of a prompt.")
     max_image_pixels: int = Field(
-        2**24, ge=64, description="Pixels of an uploaded image, checked before it is decoded."
+        2**24, ge=64, description="Pixels of an uploaded image, and of all that are decoded at once; checked before."
     )
     deadline_seconds: float = Field(600.0, gt=0, le=86_400, description="Longest a request may take.")
     drain_seconds: float = Field(60.0, ge=0, le=86_400, description="Longest wait for accepted requests on SIGTERM.")

@@ -59,6 +59,10 @@ class Engine:
         if self.refusal is not None:
             raise self.refusal
 
+    def retry_after(self) -> int:
+        """No prediction."""
+        return 7
+
     def submit(self, job: Job) -> None:
         """Run a job, all at once."""
         self.jobs.append(job)

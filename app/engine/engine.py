@@ -119,6 +119,11 @@ class Engine:
             work = [(job.model, job.rows_left) for job in (*self._running, *self._waiting)]
         return Outlook(self.pace.predict(work), self.pace.tick(model, rows), deadline)
 
+    def retry_after(self) -> int:
+        """Seconds until all that was accepted will be done, for a client that is turned away."""
+        with self._lock:
+            return retry_after(self._seconds_left())
+
     def _seconds_left(self) -> float:
         """Until all that was accepted is done. Asked under the lock: a flood of refusals counts only now and then."""
         now = self.clock()
@@ -128,9 +133,13 @@ class Engine:
         return self._predicted[1]
 
     def cancel(self, job: Job) -> None:
-        """Take a job out at the next tick. Nobody waits for it any more; one that has ended is left alone."""
+        """Take a job out at the next tick. Nobody waits for it any more; one that has ended is left alone.
+
+        One that has not started leaves its place in the queue at once.
+        """
         with self._lock:
             if job in self._waiting or job in self._running:
+                self._waiting.pop(job, None)
                 self._gone.append(job)
                 self._lock.notify()
 
@@ -205,7 +214,8 @@ class Engine:
 
     def _begin(self, job: Job) -> None:
         with self._lock:
-            if self._waiting.pop(job, job) is None:
+            if job in self._waiting:
+                del self._waiting[job]
                 self._running[job] = None
 
     def _end(self, job: Job, event: Event) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from app.engine.engine import Engine
 from app.engine.job import Event, Failed, Finished, Job, Pixels, Preview
 from app.errors import ClientGone, DeadlineExceeded, ServiceError
+from app.http.counting import Count, Counting
 from app.http.pictures import encode, to_base64
 from app.http.pool import Pool
 from app.http.record import Record
 from app.http.schemas.requests import GenerationRequest, OutputFormat
 from app.http.schemas.responses import GeneratedImage, GenerationBody, ProfileBody, TimingBody, UsageBody
+from app.http.waiting import Held, in_time
 from app.metrics import Metrics
 from models.families.vae import to_pictures
 from models.reuse.plans import StepRows
@@ -44,39 +47,41 @@ class Mailbox:
 
 @dataclass(eq=False)
 class Generation:
-    """One accepted request, from its handler's side. Whoever opens it must `leave` it."""
+    """One accepted request, from its handler's side. Whoever opens it must `leave` it; `held` is its room till then."""
 
     engine: Engine
     metrics: Metrics
     pool: Pool
-    count: Callable[[Sequence[Sequence[StepRows]]], asyncio.Future[UsageBody]]
-    """What it cost, once it is known what its gates decided."""
+    counting: Counting
+    count: Callable[[Sequence[Sequence[StepRows]] | None], UsageBody]
+    """What it costs; given what its steps did where gates had decided."""
     job: Job
     mailbox: Mailbox
     asked: GenerationRequest
     record: Record
     began: float
     deadline: float
-    costs: asyncio.Future[UsageBody]
+    held: Held
     picture_digest: str | None
     finished: Finished | None = None
+    costs: Count = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.costs = self.counting.begin(partial(self.count, None))
 
     async def events(self) -> AsyncIterator[Event]:
         """Every event up to `Finished`. Raises what the job failed with, or `DeadlineExceeded`."""
-        try:
-            while self.finished is None:
-                async with asyncio.timeout_at(self.deadline):
-                    event = await self.mailbox.get()
-                if isinstance(event, Failed):
-                    raise event.error
-                if isinstance(event, Finished):
-                    self.finished = event
-                    if event.ran is not None:  # only now is it known what was computed
-                        self.costs.cancel()
-                        self.costs = self.count(event.ran)
-                yield event
-        except TimeoutError:
-            raise DeadlineExceeded("the deadline passed before the images were done", param="timeout_seconds") from None
+        while self.finished is None:
+            async with in_time(self.deadline):
+                event = await self.mailbox.get()
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Finished):
+                self.finished = event
+                if event.ran is not None:  # only now is it known what was computed
+                    self.costs.cancel()
+                    self.costs = self.counting.begin(partial(self.count, event.ran))
+            yield event
 
     async def result(self) -> GenerationBody:
         """Wait for the images, and encode them for JSON."""
@@ -102,7 +107,8 @@ class Generation:
         )
 
     async def _body(self, images: list[GeneratedImage]) -> GenerationBody:
-        timing, costs, run = self.job.timing, await self.costs, self.job.run
+        timing, run = self.job.timing, self.job.run
+        costs = await self.counting.known(self.costs, run, self.deadline)
         return GenerationBody.model_construct(
             id=self.job.id,
             created=int(time.time()),
@@ -128,11 +134,12 @@ class Generation:
             raise RuntimeError("wait for the generation first")
         metrics, timing = self.metrics, self.job.timing
         began = time.monotonic()
-        files = [
-            await self.pool.run(_file, image, self.asked.output_format, self.facts(seed), seed)
-            for image, seed in zip(self.finished.images, self.job.run.seeds, strict=True)
-        ]
-        costs = await self.costs
+        async with in_time(self.deadline):
+            files = [
+                await self.pool.run(_file, image, self.asked.output_format, self.facts(seed), seed)
+                for image, seed in zip(self.finished.images, self.job.run.seeds, strict=True)
+            ]
+        costs = await self.counting.known(self.costs, self.job.run, self.deadline)
         for stage, seconds in (
             ("denoise", timing.denoise),
             ("decode", timing.decode),
@@ -173,6 +180,7 @@ class Generation:
     def leave(self, error: BaseException | None = None) -> None:
         """Nobody waits any more: what is not done is dropped at the next tick, and counted by its cause."""
         self.costs.cancel()
+        self.held.free()
         if self.finished is not None:
             return
         self.engine.cancel(self.job)

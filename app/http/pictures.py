@@ -6,6 +6,8 @@ import base64
 import binascii
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,12 +40,30 @@ class Upload(NamedTuple):
 
 def read(data: bytes, max_pixels: int) -> Upload:
     """An uploaded PNG, JPEG or WebP as RGB, upright; its size is checked before a pixel is decoded."""
+    with _refusing(max_pixels):
+        return flatten(ImageOps.exif_transpose(_opened(data, max_pixels)))
+
+
+def pixels_of(data: bytes, max_pixels: int) -> int:
+    """How many pixels an uploaded PNG, JPEG or WebP has; none is decoded. Raises what `read` would."""
+    with _refusing(max_pixels):
+        width, height = _opened(data, max_pixels).size
+        return width * height
+
+
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
+    picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise Impossible(f"image: {width}x{height} is more than {max_pixels} pixels", param="image")
+    return picture
+
+
+@contextmanager
+def _refusing(max_pixels: int) -> Iterator[None]:
+    """What may be wrong with an upload, as `Impossible`."""
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = picture.size
-        if width * height > max_pixels:
-            raise Impossible(f"image: {width}x{height} is more than {max_pixels} pixels", param="image")
-        return flatten(ImageOps.exif_transpose(picture))
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Impossible(f"image: is more than {max_pixels} pixels", param="image") from error
     except UnidentifiedImageError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,15 @@ from app.metrics import UNKNOWN
 class Record:
     """Facts of one request. `endpoint` stays empty for routes that generate nothing.
 
-    `client` is whose share of the device it is served with.
+    `client` is whose share of the device it is served with, and `weight` how large that is beside others'. `arrived` is
+    on the monotonic clock: deadlines run from it.
     """
 
     request_id: str
     endpoint: str = ""
     client: str = ""
+    weight: float = 1.0
+    arrived: float = field(default_factory=time.monotonic)
     model: str = UNKNOWN
     acceleration: str = UNKNOWN
     outcome: str = "ok"

@@ -12,12 +12,14 @@ from functools import partial
 from app.engine.engine import Engine
 from app.engine.job import Job
 from app.errors import Impossible, ModelNotFound, ServiceError
+from app.http.counting import Counting, uncounted
 from app.http.generation import Generation, Mailbox
-from app.http.pictures import decode_base64, read
+from app.http.pictures import decode_base64, pixels_of, read
 from app.http.pool import Pool
 from app.http.record import Record
 from app.http.schemas.requests import GenerationRequest
 from app.http.schemas.responses import UsageBody
+from app.http.waiting import REQUEST_BYTES, Pixels, Waiting, in_time
 from app.logs import SERVER
 from app.metrics import Metrics, acceleration_label
 from app.settings import Settings
@@ -47,10 +49,15 @@ class Service:
         self.engine = engine
         self.metrics = metrics
         self.pool = Pool()
+        self.counting = Counting()
+        self.waiting = Waiting(settings.max_waiting_bytes, lambda: self.engine.retry_after())
+        metrics.waiting_bytes.set_function(lambda: self.waiting.bytes)
+        self._decoding = Pixels(settings.max_image_pixels)
 
     def close(self) -> None:
-        """Let the pool's threads go."""
+        """Let the threads go."""
         self.pool.close()
+        self.counting.close()
 
     def backbone(self, name: str | None) -> Backbone:
         """A served model; the first where none is named."""
@@ -60,12 +67,18 @@ class Service:
             raise ModelNotFound(f"model: {known!r} is not served; one of {', '.join(backbones)}", param="model")
         return backbones[known]
 
-    async def open(self, asked: GenerationRequest, record: Record, picture: bytes | None = None) -> Generation:
-        """Check a request, resolve it and hand it to the engine. Raises what the client is to be told."""
+    async def open(self, asked: GenerationRequest, record: Record, uploads: list[bytes] | None = None) -> Generation:
+        """Check a request, resolve it and hand it to the engine. Raises what the client is to be told.
+
+        A picture is taken out of `uploads`, and out of the request: what is accepted keeps it in the model's size.
+        """
         began, loop = self.engine.clock(), asyncio.get_running_loop()
+        held = self.waiting.hold(0)
         try:
-            prepared = await self.prepare(asked, record, picture)
+            prepared = await self.prepare(asked, record, uploads.pop() if uploads else None)
+            asked.image = None
             run, name = prepared.run, prepared.model
+            held.resize(kept_bytes(run))
             mailbox = Mailbox(loop)
             job = Job(
                 id=f"gen-{record.request_id}",
@@ -75,29 +88,30 @@ class Service:
                 post=mailbox.post,
                 kind=prepared.group,
                 share=record.client,
+                weight=record.weight,
                 progress=asked.stream,
                 previews=asked.partial_images if asked.stream else 0,
             )
             self.engine.submit(job)
             self._note_choice(job, record)
-        except ServiceError as error:
-            if error.outcome == "rejected":
+        except BaseException as error:
+            held.free()
+            if isinstance(error, ServiceError) and error.outcome == "rejected":
                 self.metrics.rejected.labels(error.code).inc()
             raise
-        costs = self.pool.submit(self._usage, prepared.backbone, run)
-        seconds = asked.timeout_seconds or self.settings.deadline_seconds
         return Generation(
             engine=self.engine,
             metrics=self.metrics,
             pool=self.pool,
-            count=partial(self._count, job),
+            counting=self.counting,
+            count=partial(self._usage, prepared.backbone, run),
             job=job,
             mailbox=mailbox,
             asked=asked,
             record=record,
             began=began,
-            deadline=loop.time() + seconds,
-            costs=costs,
+            deadline=self._deadline(asked, record),
+            held=held,
             picture_digest=prepared.digest,
         )
 
@@ -109,8 +123,20 @@ class Service:
         record.model = name
         record.acceleration = acceleration_label(asked.accelerators)
         self.limit(asked)
-        run, group, digest = await self.pool.run(self._resolve, backbone, asked, picture, name)
-        return Prepared(name, backbone, run, group, digest)
+        sent = len(asked.image or "") if picture is None else len(picture)
+        with self.waiting.hold(REQUEST_BYTES + sent):
+            async with in_time(self._deadline(asked, record)):
+                if not sent:
+                    run, group = await self.pool.run(self._resolve, backbone, asked, None, name)
+                    return Prepared(name, backbone, run, group, None)
+                data, pixels = await self.pool.run(self._upload, asked, picture)
+                async with self._decoding.take(pixels):
+                    run, group = await self.pool.run(self._resolve, backbone, asked, data, name)
+                return Prepared(name, backbone, run, group, await self.pool.run(_digest, data))
+
+    def _deadline(self, asked: GenerationRequest, record: Record) -> float:
+        """On the loop's clock, which is the monotonic one."""
+        return record.arrived + (asked.timeout_seconds or self.settings.deadline_seconds)
 
     def limit(self, asked: GenerationRequest) -> None:
         """Hold a request against the settings. Raises `Impossible` with the field and the limit."""
@@ -129,10 +155,15 @@ class Service:
                 most = settings.max_prompt_length
                 raise Impossible(f"{name}: {len(text)} characters are more than this server's {most}", param=name)
 
+    def _upload(self, asked: GenerationRequest, picture: bytes | None) -> tuple[bytes, int]:
+        """On a thread of the pool: an uploaded file, and how many pixels it says that it has."""
+        data = decode_base64(asked.image or "") if picture is None else picture
+        return data, pixels_of(data, self.settings.max_image_pixels)
+
     def _resolve(
         self, backbone: Backbone, asked: GenerationRequest, data: bytes | None, name: str
-    ) -> tuple[Run, Hashable, str | None]:
-        """On a thread of the pool: the uploaded picture, then every check of the library."""
+    ) -> tuple[Run, Hashable]:
+        """On a thread of the pool: the uploaded picture, then the library's checks; it gets the run's size."""
         spec, limit = backbone.spec, self.settings.max_pixels
         if limit == "auto":
             limit = 4 * spec.native_width * spec.native_height
@@ -140,8 +171,6 @@ class Service:
         if width * height > limit:
             field = "width" if asked.width is not None else "height"
             raise Impossible(f"{field}: {width}x{height} is more than this server's {limit} pixels", param=field)
-        if data is None and asked.image is not None:
-            data = decode_base64(asked.image)
         request = Request(
             prompt=asked.prompt,
             negative_prompt=asked.negative_prompt,
@@ -164,7 +193,7 @@ class Service:
         if wish_of(request) is not None:
             outlook = self.engine.outlook(name, len(spec.roles) * asked.num_images, seconds)
         run = resolve(spec, backbone.scheduler_config, request, outlook)
-        return run, backbone.group(run), None if data is None else hashlib.sha256(data).hexdigest()
+        return run, backbone.group(run)
 
     def _note_choice(self, job: Job, record: Record) -> None:
         """Count what `auto` became; the request is known by what it runs from here on."""
@@ -176,16 +205,20 @@ class Service:
         self.metrics.choices.labels(job.model, chosen.candidate).inc()
         self.metrics.moved.inc(chosen.moved)
 
-    def _count(self, job: Job, ran: Sequence[Sequence[StepRows]]) -> asyncio.Future[UsageBody]:
-        """What a job cost whose gates had decided."""
-        backbone = self.backbone(job.model)
-        return self.pool.submit(self._usage, backbone, job.run, ran)
-
     def _usage(self, backbone: Backbone, run: Run, ran: Sequence[Sequence[StepRows]] | None = None) -> UsageBody:
-        """On a thread of the pool, while the engine works. What cannot be counted keeps no picture from its client."""
+        """On the counting thread, while the engine works. What cannot be counted keeps no picture from its client."""
         try:
             return UsageBody(**asdict(usage(backbone, run, ran)))
         except Exception as error:
             SERVER.error("the MACs of a request could not be counted", exc_info=error)
-            counted = {"steps": len(run.steps), "evaluations": run.evaluations, "rows": run.num_rows}
-            return UsageBody(**counted, macs=None, macs_unaccelerated=None)
+            return uncounted(run)
+
+
+def kept_bytes(run: Run) -> int:
+    """What an accepted request keeps until it is answered."""
+    picture = run.request.image
+    return REQUEST_BYTES + (0 if picture is None else 4 * picture.width * picture.height)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

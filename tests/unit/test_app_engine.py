@@ -296,6 +296,21 @@ def test_a_drain_while_the_models_load_is_kept() -> None:
 # Closing
 
 
+def test_who_leaves_before_its_start_gives_its_place_up_while_the_tick_still_runs() -> None:
+    with running(max_rows=1, max_queue=1) as served:
+        served.submit(1, steps=9)
+        served.gate.wait()
+        waits = served.submit(2, steps=9)
+        with pytest.raises(QueueFull):
+            served.submit(3)
+        served.engine.cancel(waits)
+        assert served.value("requests_waiting") == 0
+        follows = served.submit(4, steps=1)
+        served.gate.open()
+        assert greys(served.last(follows)) == [4]
+        assert not any(2 in tick for tick in served.backbone.ticks)
+
+
 def test_closing_answers_what_is_left_after_the_current_tick() -> None:
     with running(max_rows=1) as served:
         runs, waits = served.submit(1, steps=9, progress=True), served.submit(2, steps=9)

@@ -62,6 +62,7 @@ class Held:
     async def open(self, **body: Any) -> Generation:
         """A generation, opened as a route does."""
         fields: dict[str, Any] = {"prompt": "a ring", "num_inference_steps": 3, "guidance_scale": 1.0, **body}
+        self.record.arrived = time.monotonic()
         return await self.service.open(GenerationRequest(**fields), self.record)
 
     async def ticks(self) -> list[list[int]]:

@@ -17,6 +17,7 @@ from app.errors import ClientGone, ServiceError
 from app.http.generation import Generation
 from app.http.problems import body as error_body
 from app.http.problems import translate
+from app.http.routes.body import BodyRequest
 from app.http.schemas.requests import GenerationRequest
 from app.http.service import Service
 
@@ -44,11 +45,14 @@ async def respond(
     asked: GenerationRequest,
     finish: Callable[[Generation], Coroutine[Any, Any, Response]],
     spell: Spell,
-    picture: bytes | None = None,
+    uploads: list[bytes] | None = None,
 ) -> Response:
     """Open a generation and answer with its stream, or with what `finish` makes of it."""
     request.state.record.client = client_of(request)
-    generation = await service_of(request).open(asked, request.state.record, picture)
+    opening = service_of(request).open(asked, request.state.record, uploads)
+    generation = await while_connected(request, opening)
+    if isinstance(request, BodyRequest):
+        request.forget("image")
     if asked.stream:
         return Stream(generation, spell)
     error: BaseException | None = ClientGone("the handler was cancelled")

@@ -14,11 +14,12 @@ from app.errors import Impossible
 from app.http.generation import Generation
 from app.http.pictures import MEDIA_TYPES
 from app.http.problems import RESPONSES
+from app.http.routes.body import BodyRoute
 from app.http.routes.common import respond
 from app.http.schemas.requests import GenerationRequest, OutputFormat
 from app.http.schemas.responses import GenerationBody
 
-router = APIRouter(tags=["generate"])
+router = APIRouter(tags=["generate"], route_class=BodyRoute)
 IMAGE = {"schema": {"type": "string", "format": "binary"}}
 
 

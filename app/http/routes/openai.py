@@ -19,12 +19,13 @@ from app.engine.job import Preview
 from app.errors import Impossible, Malformed
 from app.http.generation import Generation
 from app.http.problems import RESPONSES
+from app.http.routes.body import BodyRoute
 from app.http.routes.common import respond, service_of
 from app.http.routes.generate import events
 from app.http.schemas.requests import ImagesRequest
 from app.http.schemas.responses import ImagesBody
 
-router = APIRouter(prefix="/v1/images", tags=["openai"])
+router = APIRouter(prefix="/v1/images", tags=["openai"], route_class=BodyRoute)
 
 
 def answers(prefix: str) -> dict[int | str, dict[str, Any]]:
@@ -78,16 +79,16 @@ EDIT_BODY = {
 )
 async def edits(request: Request) -> Response:
     """Image-to-image from a form: `image` is the file; structured fields are JSON or `acceleration[mode]=...`."""
-    fields, picture = await read_form(request)
+    fields, uploads = await read_form(request)
     try:
         asked = ImagesRequest.model_validate(fields).plain()
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
-    return await respond(request, asked, as_json, partial(spell, "image_edit"), picture)
+    return await respond(request, asked, as_json, partial(spell, "image_edit"), uploads)
 
 
-async def read_form(request: Request) -> tuple[dict[str, Any], bytes]:
-    """The fields of a form, nested where their names have brackets, and the one file in it."""
+async def read_form(request: Request) -> tuple[dict[str, Any], list[bytes]]:
+    """The fields of a form, nested where their names have brackets, and the one file in it, for one to take out."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise Malformed("the body must be multipart/form-data")
     limit = service_of(request).settings.max_body_bytes
@@ -103,7 +104,7 @@ async def read_form(request: Request) -> tuple[dict[str, Any], bytes]:
                 _place(fields, name, value)
     if picture is None:
         raise Impossible("image: a file is required", param="image")
-    return fields, picture
+    return fields, [picture]
 
 
 def _place(fields: dict[str, Any], name: str, value: str) -> None:
