@@ -225,7 +225,8 @@ class Runner:
             asked = GenerationRequest.model_validate({**row["body"], "stream": True})
             picture = await self._picture(row)
             await self._same_weights(row)
-            generation = await self.service.open(asked, Record(job_id), None if picture is None else [picture])
+            record = Record(job_id, client=f"{row['priority']} jobs of {row['owner']}")
+            generation = await self.service.open(asked, record, None if picture is None else [picture])
             error: BaseException | None = ClientGone("the job was stopped")
             try:
                 async for event in generation.events():

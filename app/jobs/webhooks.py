@@ -10,7 +10,7 @@ import ipaddress
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 from urllib.parse import SplitResult, urlsplit
 
 import httpx
@@ -98,6 +98,8 @@ class Webhooks:
         self.allowed = allowed
         self._secret = secret
         self._metrics = metrics
+        for outcome in get_args(Outcome):
+            metrics.webhooks.labels(outcome)
 
     async def deliver(self) -> None:
         """Try everything that is due once."""

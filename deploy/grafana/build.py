@@ -252,6 +252,28 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ((f'process_resident_memory_bytes{{job=~"slipstream.*",{INSTANCE}}}', "{{instance}}"),),
         ),
     ),
+    "Jobs": (
+        Panel(
+            "Jobs by status",
+            "Of the store; servers that share one show the same.",
+            "none",
+            ((f"max by (status) (slipstream_jobs{{{INSTANCE}}})", "{{status}}"),),
+            stack=True,
+        ),
+        Panel(
+            "Jobs recovered",
+            "Taken up again that a server had left unfinished, in five minutes.",
+            "none",
+            ((f"sum by (instance) (increase(slipstream_jobs_recovered_total{{{INSTANCE}}}[5m]))", "{{instance}}"),),
+        ),
+        Panel(
+            "Webhooks",
+            "Tries by what came of them.",
+            "ops",
+            ((rate("slipstream_webhook_deliveries_total", "outcome", labels=INSTANCE), "{{outcome}}"),),
+            stack=True,
+        ),
+    ),
 }
 
 

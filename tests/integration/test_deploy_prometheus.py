@@ -74,6 +74,9 @@ def base(pipeline_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
         "MAX_ROWS": "8",
         "MAX_QUEUE": "12",
         "DEVICE": "cpu",
+        "DATA_DIR": str(tmp_path_factory.mktemp("store")),
+        "WEBHOOK_ORIGINS": "https://hooks.example.com",
+        "WEBHOOK_SECRET": "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=",
     }
     command = [sys.executable, "-c", "from app.cli import main; main()", "serve"]
     environment = {f"SLIPSTREAM_{name}": value for name, value in settings.items()}

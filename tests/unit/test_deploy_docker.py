@@ -61,7 +61,8 @@ def test_dockerignore_lets_in_exactly_what_is_copied() -> None:
 
 def test_compose_file_keeps_the_specification(compose: dict[str, Any]) -> None:
     parsed = compose_spec.PyCompose.from_yaml(yaml.safe_dump(compose))
-    assert set(parsed.service_names()) == {"slipstream", "slipstream-gpu", "prometheus", "grafana", "dcgm-exporter"}
+    servers = {"slipstream", "slipstream-gpu", "slipstream-postgres"}
+    assert set(parsed.service_names()) == servers | {"postgres", "prometheus", "grafana", "dcgm-exporter"}
 
 
 def test_compose_validator_would_notice(compose: dict[str, Any]) -> None:
@@ -91,7 +92,7 @@ def test_images_are_pinned(compose: dict[str, Any]) -> None:
 
 
 def test_servers_are_locked_down_and_have_time_to_drain(compose: dict[str, Any]) -> None:
-    for name in ("slipstream", "slipstream-gpu"):
+    for name in ("slipstream", "slipstream-gpu", "slipstream-postgres"):
         service = compose["services"][name]
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]

@@ -54,6 +54,24 @@ def test_rendered_manifests_fit_their_schemas(name: str) -> None:
         validate(manifest)
 
 
+def test_jobs_are_on_a_volume_of_one_server(tmp_path: Path) -> None:
+    """The component over the base: the folder that the server is told of is the volume, and only one pod has it."""
+    (tmp_path / "kustomization.yaml").write_text("resources: [base]\ncomponents: [jobs]\n")
+    for name in ("base", "jobs"):
+        shutil.copytree(KUBERNETES / name, tmp_path / name)
+    rendered = render(tmp_path)
+    for manifest in rendered.values():
+        validate(manifest)
+    deployment = rendered["Deployment/slipstream"]
+    assert (deployment["spec"]["strategy"], deployment["spec"]["replicas"]) == ({"type": "Recreate"}, 1)
+    (server,) = pod(deployment)["containers"]
+    environment = {e["name"]: e["value"] for e in server["env"]}
+    mounts = {m["mountPath"]: m["name"] for m in server["volumeMounts"]}
+    volumes = {v["name"]: v for v in pod(deployment)["volumes"]}
+    claim = volumes[mounts[environment["SLIPSTREAM_DATA_DIR"]]]["persistentVolumeClaim"]["claimName"]
+    assert f"PersistentVolumeClaim/{claim}" in rendered
+
+
 def test_validator_would_notice() -> None:
     (deployment,) = documents(KUBERNETES / "base/deployment.yaml")
     deployment["spec"]["selector"] = {"matchLabels": {"a": "b"}}
