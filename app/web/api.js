@@ -30,6 +30,14 @@ export async function getText(path) {
   return (await request(path)).text();
 }
 
+export async function getBlob(path) {
+  return (await request(path)).blob();
+}
+
+export async function remove(path) {
+  await request(path, { method: "DELETE" });
+}
+
 /** Post a generation; yields `{event, data}` as the server sends them. Aborting the signal frees the job's rows. */
 export async function* generate(body, signal) {
   const response = await request("generate", {

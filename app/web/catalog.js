@@ -15,5 +15,5 @@ export function fromServer(modelList) {
       class_label: model.conditioning === "class" ? 0 : null,
     },
   }));
-  return { models, first: models.find((model) => model.default) ?? models[0] };
+  return { models, jobs: modelList.jobs, first: models.find((model) => model.default) ?? models[0] };
 }

@@ -6,6 +6,7 @@ import { compare } from "./compare.js";
 import { byId, h, seconds } from "./dom.js";
 import { RequestForm } from "./form.js";
 import { Lane } from "./lane.js";
+import { HistoryView, keep } from "./history.js";
 import { LoadView } from "./load.js";
 import { startingValues, usable } from "./schema.js";
 import { snippets } from "./snippets.js";
@@ -13,12 +14,18 @@ import { emptyState, readHash, writeHash, writeLane } from "./state.js";
 import { startTheme } from "./theme.js";
 
 const MOST_LANES = 5; // a browser opens six connections to a server; one stays free for the metrics
+const VIEWS = ["compare", "load", "history"];
 const PICTURE = "slipstream.picture";
 const DEFAULT_SEED = 7;
 
 const state = emptyState();
 const form = new RequestForm(state, { onchange: changed, onmodel: modelChosen });
 const load = new LoadView(byId("panels"));
+const past = new HistoryView(byId("pictures"), {
+  onrestore: restore,
+  onerror: (error) => notify(error.message),
+  hasJobs: () => catalog.jobs,
+});
 let catalog = null;
 let lanes = [];
 let running = null; // the AbortController of the comparison under way
@@ -86,6 +93,7 @@ function wire() {
   });
   byId("view-compare").addEventListener("click", () => showView("compare"));
   byId("view-load").addEventListener("click", () => showView("load"));
+  byId("view-history").addEventListener("click", () => showView("history"));
   byId("show").addEventListener("change", ({ target }) => {
     state.show = target.value;
     changed();
@@ -150,6 +158,13 @@ function applyHash() {
   showView(state.view);
 }
 
+/** Set the page to a past request, in a lane of its own. */
+function restore(request) {
+  const lane = [request.acceleration ?? []].flat();
+  const known = Object.keys(emptyState()).filter((name) => name in request && name !== "image");
+  location.hash = writeHash({ ...emptyState(), ...Object.fromEntries(known.map((name) => [name, request[name]])), lanes: [lane] });
+}
+
 function currentModel() {
   return catalog.models.find(({ id }) => id === state.model) ?? catalog.first;
 }
@@ -200,8 +215,9 @@ function rememberPicture() {
 }
 
 function showView(view) {
-  state.view = view === "load" ? "load" : "compare";
-  for (const name of ["compare", "load"]) {
+  state.view = VIEWS.includes(view) ? view : "compare";
+  if (state.view === "history") past.show();
+  for (const name of VIEWS) {
     byId(name).hidden = name !== state.view;
     byId(`view-${name}`).setAttribute("aria-pressed", String(name === state.view));
   }
@@ -303,6 +319,7 @@ async function run() {
       onerror: placeError,
       onphase: say,
     });
+    for (const lane of finished) keep(bodyOf(lane), lane.result.body).catch(() => {}); // nothing is kept in private
     say(running.signal.aborted ? "Cancelled" : summaryOf(finished));
   } catch (error) {
     say("");

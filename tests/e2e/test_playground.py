@@ -49,7 +49,9 @@ def url(pipeline_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     """The address of a server that asks for a key."""
     model = str(with_words(pipeline_dir("sd"), tmp_path_factory.mktemp("playground") / "tiny-sd"))
     port = free_port()
-    server = start_server([model], port, SLIPSTREAM_API_KEYS=KEY)
+    server = start_server(
+        [model], port, SLIPSTREAM_API_KEYS=KEY, SLIPSTREAM_DATA_DIR=str(tmp_path_factory.mktemp("store"))
+    )
     with stopped_at_the_end(server):
         wait_until_ready(f"http://127.0.0.1:{port}", server)
         yield f"http://127.0.0.1:{port}"
@@ -131,6 +133,42 @@ def test_generates_an_image(visit: Visit, url: str, screenshots: Path) -> None:
     assert page.eval_on_selector(".stage img", "image => image.naturalWidth") == 32
     expect(page.locator(".step")).to_have_text("seed 7 · 5 steps")
     page.screenshot(path=screenshots / "generate.png")
+
+
+def test_past_pictures_come_back_with_their_settings(visit: Visit, url: str, screenshots: Path) -> None:
+    """Of this browser, and of a job that somebody with the same key has submitted."""
+    page = visit.page
+    job = {"prompt": "a job of the night", "num_inference_steps": 3, "seed": 11, "acceleration": {"mode": "deepcache"}}
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    submission = urllib.request.Request(f"{url}/v1/images/jobs", json.dumps(job).encode(), headers)
+    with urllib.request.urlopen(submission) as answer:
+        address = f"{url}/v1/images/jobs/{json.load(answer)['id']}"
+    deadline = time.monotonic() + PATIENCE / 1000
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers)) as answer:
+            if json.load(answer)["status"] == "completed":
+                break
+    open_playground(page, url, acceleration="none")
+    page.fill("#prompt", "a small green ring")
+    page.press("#prompt", "Control+Enter")
+    expect(page.locator("#summary")).to_contain_text("One image in")
+    page.click("#view-history")
+    expect(page.locator(".past")).to_have_count(2)
+    for index in range(2):
+        page.wait_for_function("i => document.querySelectorAll('.past img')[i].naturalWidth === 32", arg=index)
+    assert serious_violations(page) == []
+    page.screenshot(path=screenshots / "history.png")
+    old = page.locator(".past", has_text="a job of the night")
+    expect(old).to_contain_text("seed 11 · deepcache · job")
+    old.get_by_role("button", name="Restore").click()
+    expect(page.locator("#compare")).to_be_visible()
+    expect(page.locator("#prompt")).to_have_value("a job of the night")
+    expect(page.locator(".lane h2")).to_have_text("deepcache")
+    page.click("#view-history")
+    for left, text in ((1, "a job of the night"), (0, "a small green ring")):
+        page.locator(".past", has_text=text).get_by_role("button", name="Delete").click()
+        expect(page.locator(".past")).to_have_count(left)
+    expect(page.locator("#pictures")).to_contain_text("No pictures yet")
 
 
 def test_compares_three_accelerations_at_the_same_time(visit: Visit, url: str, screenshots: Path) -> None:

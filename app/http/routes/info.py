@@ -42,7 +42,7 @@ async def list_models(request: Request) -> ModelsBody:
     engine = _loaded(request)
     created = int(request.app.state.created)
     data = [model_body(name, i == 0, created, engine) for i, name in enumerate(engine.backbones)]
-    return ModelsBody(data=data)
+    return ModelsBody(data=data, jobs=request.app.state.jobs is not None)
 
 
 @router.get("/accelerators", tags=["models"], responses=UNREADY, summary="The accelerators")

@@ -208,6 +208,7 @@ class ModelsBody(BaseModel):
 
     object: str = "list"
     data: list[ModelBody]
+    jobs: bool = Field(description="Whether this server keeps jobs, files and batches.")
 
 
 class HealthBody(BaseModel):
