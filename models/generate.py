@@ -18,7 +18,8 @@ from models.request import Request, Result, Run
 from models.resolve import resolve
 from models.solvers.batched import first_state
 from models.solvers.names import takes
-from models.solvers.tables import NotLinear, Table, table
+from models.solvers.probe import NotLinear
+from models.solvers.tables import Table, table
 from models.trajectory import Trajectory, effective_steps
 
 Progress = Callable[[int, int], None]

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.solvers import batched
 from models.solvers.batched import Move, Packed, combine, draw_noise, first_state, model_input, pack, stack
 from models.solvers.names import REGISTRY, NoiseSchedule, noise_schedule, supported, takes
-from models.solvers.tables import NotLinear, table
+from models.solvers.probe import NotLinear
+from models.solvers.tables import table
 
 CPU = torch.device("cpu")
 SHAPE = (4, 5, 3)  # channels, height, width: no two alike
