@@ -247,6 +247,7 @@ export class Lane {
         isReference ? fact("MACs", quantity(macs)) : fact("MACs saved", [percent(1 - macs / full), h("small", {}, `of ${quantity(full)}`)]),
         meter(macs / full),
       ]),
+      ...(body.profile ? promised(body.profile) : []),
       reference ? fact("PSNR", base ? decibels(psnr(base.pixels, this.result.pixels)) : "–") : null,
       alone ? fact("Together", [seconds(body.timing.total_seconds), h("small", {}, sameness(alone.psnr))]) : null,
     ];
@@ -289,6 +290,16 @@ function timeOf({ body, alone }) {
 
 function fact(name, value, className = null) {
   return h("div", { class: className }, h("dt", {}, name), h("dd", {}, value));
+}
+
+/** What auto chose, and what was measured of it. */
+function promised({ candidate, promised: { psnr, speedup }, differences, moved }) {
+  const chosen = h("span", { title: differences.join("; ") }, candidate);
+  const notes = [moved ? "for the deadline" : null, differences.length ? "measured for another run" : null].filter(Boolean);
+  return [
+    fact("Chosen", notes.length ? [chosen, h("small", {}, notes.join(", "))] : chosen),
+    fact("Promised", [decibels(psnr), h("small", {}, `${measured(speedup)}× fewer MACs`)]),
+  ];
 }
 
 /** How much of the full work was done, as a bar. */

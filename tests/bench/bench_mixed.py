@@ -1,8 +1,9 @@
 """What mixing plans in one forward is worth, under closed-loop clients. `slipstream bench mixed`
 
 Clients ask for any accelerator and any number of steps, at any moment. They are served by diffusers one after another
-(without accelerators, which its pipelines do not take per request), by us one after another, by us in batches of
-equal settings, by us in batches of equal plans, and by us in mixed batches. Before that, how many rows a tick pay.
+(without accelerators, which its pipelines do not take per request; and U-Nets with the DeepCache package put on for
+each request that asks for it), by us one after another, by us in batches of equal settings, by us in batches of equal
+plans, and by us in mixed batches, once more with forecasts among the wishes. Before that, how many rows a tick pay.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 
 from app.engine.pace import knee
 from models import Request, advance, generate
+from models.accelerators import DeepCache
 from tests.bench import peers, zoo
 from tests.bench.harness import elapsed, note, options, quiet
 from tests.bench.report import COLOURS, Report, lines
@@ -40,21 +42,31 @@ def row_costs(model: Model, most: int, repeats: int) -> tuple[dict[int, float], 
 def disciplines(model: Model, clients: int, each: int, max_rows: int) -> dict[str, Discipline]:
     """The ways to serve the same traffic."""
     traffic, pipeline = orders(model, clients, each), model.pipeline()
+    foretold = orders(model, clients, each, foretold=True)
     scale = model.backbone.spec.default_guidance_scale
 
     def diffusers(one: Request) -> object:
         assert one.num_inference_steps is not None
         return peers.draw(pipeline, model.prompt, one.num_inference_steps, scale, one.seed)
 
+    def package(one: Request) -> object:
+        cache = next((a for a in one.accelerators if isinstance(a, DeepCache)), None)
+        if cache is None:
+            return diffusers(one)
+        with peers.deepcache(pipeline, cache.interval, cache.branch):
+            return diffusers(one)
+
     def alone(one: Request) -> object:
         return generate(model.backbone, [one])
 
     return {
         "diffusers, one by one": lambda: one_by_one(traffic, diffusers),
+        **({"DeepCache package, one by one": lambda: one_by_one(traffic, package)} if model.family == "unet" else {}),
         "ours, one by one": lambda: one_by_one(traffic, alone),
         "ours, equal settings": lambda: batched(model, traffic, max_rows, equal_settings),
         "ours, equal plans": lambda: batched(model, traffic, max_rows, equal_plan),
         "ours, mixed": lambda: batched(model, traffic, max_rows, mixed),
+        "ours, mixed with forecasts": lambda: batched(model, foretold, max_rows, mixed),
     }
 
 
@@ -125,7 +137,7 @@ def draw(figure: Figure, ticks: dict[str, dict[int, float]], rows: list[dict[str
     for axes, key in ((throughput, "images/s"), (latency, "p95 s")):
         for i, way in enumerate(ways):
             values = [row[key] for row in rows if row["served by"] == way]
-            axes.bar([g + i * 0.16 for g in range(len(groups))], values, 0.15, color=COLOURS[i], label=str(way))
+            axes.bar([g + i * 0.12 for g in range(len(groups))], values, 0.11, color=COLOURS[i], label=str(way))
         names = [f"{model}\n{clients} clients" for model, clients in groups]
         axes.set_xticks([g + 0.32 for g in range(len(groups))], names, fontsize=7)
         axes.set_ylabel(key)

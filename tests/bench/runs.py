@@ -13,6 +13,7 @@ from models.accelerators import (
     DeltaDiT,
     DepthSkip,
     DiTFastAttn,
+    Forecast,
     SelectiveGuidance,
 )
 from models.costs.macs import usage
@@ -48,6 +49,11 @@ def accelerations(model: Model, steps: int) -> dict[str, Acceleration]:
         **{f"ditfastattn {method}": (attention(model, steps, method),) for method in ("ast", "asc", "wa-rs")},
         **common,
     }
+
+
+def forecasts() -> dict[str, Acceleration]:
+    """Forecasts of the whole prediction, which fit every model."""
+    return {f"forecast N={n}": (Forecast(interval=n),) for n in (2, 3)}
 
 
 def attention(model: Model, steps: int, method: Method) -> DiTFastAttn:

@@ -13,7 +13,7 @@ from models.generate import decode, start
 from models.resolve import resolve
 from models.trajectory import Trajectory
 from tests.bench.harness import clock
-from tests.bench.runs import accelerations
+from tests.bench.runs import accelerations, forecasts
 from tests.bench.runs import request as one_request
 from tests.bench.zoo import Model
 
@@ -68,10 +68,14 @@ class Outcome:
     plans: list[int] = field(default_factory=list)
 
 
-def orders(model: Model, clients: int, each: int, seed: int = 0) -> list[list[Order]]:
-    """What every client will ask for: any accelerator of the model, any of `STEPS`, arrivals apart at random."""
+def orders(model: Model, clients: int, each: int, seed: int = 0, *, foretold: bool = False) -> list[list[Order]]:
+    """What every client will ask for: any accelerator of the model, any of `STEPS`, arrivals apart at random.
+
+    `foretold`: forecasts are among the wishes, too.
+    """
     rng = random.Random(seed)
-    by_steps = {steps: list(accelerations(model, steps).items()) for steps in STEPS}
+    more = forecasts() if foretold else {}
+    by_steps = {steps: list((accelerations(model, steps) | more).items()) for steps in STEPS}
 
     def order(client: int, number: int) -> Order:
         steps = rng.choice(STEPS)

@@ -20,6 +20,8 @@ import pytest
 from PIL import Image, ImageChops
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, expect, sync_playwright
 
+from models.loading import config_hash
+from models.solvers.names import default_name
 from tests.e2e.playground import (
     chromium,
     free_port,
@@ -32,6 +34,7 @@ from tests.e2e.playground import (
     wait_until_ready,
     with_words,
 )
+from tests.unit.specs import profile
 
 pytestmark = [
     pytest.mark.browser,
@@ -39,6 +42,7 @@ pytestmark = [
 ]
 
 KEY = "open-sesame"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
 PATIENCE = 20_000  # ms; for machines that have other things to do
 expect.set_options(timeout=PATIENCE)
 THREE = ["none", "deepcache:interval=2", "deepcache:interval=3+selective_guidance:stop=0.5"]
@@ -47,7 +51,9 @@ THREE = ["none", "deepcache:interval=2", "deepcache:interval=3+selective_guidanc
 @pytest.fixture(scope="module")
 def url(pipeline_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server that asks for a key."""
-    model = str(with_words(pipeline_dir("sd"), tmp_path_factory.mktemp("playground") / "tiny-sd"))
+    folder = with_words(pipeline_dir("sd"), tmp_path_factory.mktemp("playground") / "tiny-sd")
+    measured(folder)
+    model = str(folder)
     port = free_port()
     server = start_server(
         [model], port, SLIPSTREAM_API_KEYS=KEY, SLIPSTREAM_DATA_DIR=str(tmp_path_factory.mktemp("store"))
@@ -55,6 +61,14 @@ def url(pipeline_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     with stopped_at_the_end(server):
         wait_until_ready(f"http://127.0.0.1:{port}", server)
         yield f"http://127.0.0.1:{port}"
+
+
+def measured(folder: Path) -> None:
+    """Lay a profile beside a model: what would have been measured of it with eight steps."""
+    network, noise = (json.loads((folder / part).read_text()) for part in ("unet/config.json", SCHEDULER_FILE))
+    run = {"scheduler": default_name(noise), "num_inference_steps": 8, "width": 32, "height": 32}
+    (folder / "profiles").mkdir()
+    profile(config_hash=config_hash(network), **run).save(folder / "profiles" / "eight.json")
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +210,27 @@ def test_compares_three_accelerations_at_the_same_time(visit: Visit, url: str, s
     expect(page.locator(".stage.is-split")).to_have_count(2)
     assert page.eval_on_selector("#lanes", "lanes => lanes.style.getPropertyValue('--split')") == "30%"
     page.screenshot(path=screenshots / "split.png", full_page=True)
+    assert serious_violations(page) == []
+
+
+def test_lets_the_server_choose_and_says_what_it_promised(visit: Visit, url: str, screenshots: Path) -> None:
+    page = visit.page
+    open_playground(page, url, acceleration=["none"], num_inference_steps=8)
+    page.locator(".lane summary").click()
+    menu = page.get_by_label("Accelerate with…")
+    assert menu.locator("option").nth(1).inner_text() == "auto"  # the first choice
+    menu.select_option("auto")
+    page.get_by_label("prefer").select_option("speed")
+    run(page)
+    facts = page.locator(".facts")
+    expect(facts).to_contain_text("unipc-3")
+    expect(facts).to_contain_text("30.0 dB")
+    expect(facts).to_contain_text("3.33× fewer MACs")
+    expect(page.locator(".step")).to_have_text("seed 7 · 3 steps")
+    page.screenshot(path=screenshots / "auto.png")
+    page.fill("#num_inference_steps", "9")
+    run(page)
+    expect(facts).to_contain_text("measured for another run")
     assert serious_violations(page) == []
 
 
