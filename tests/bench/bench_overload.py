@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
 from matplotlib.figure import Figure
@@ -42,6 +43,14 @@ class Item:
     trajectory: Trajectory
     chosen: str
     group: int = 0
+    work: float = 0.0
+    share: str = ""
+    weight: float = 1.0
+
+    @property
+    def request(self) -> Hashable:
+        """Itself: each has one image."""
+        return self
 
     @property
     def num_rows(self) -> int:

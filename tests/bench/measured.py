@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from models import Request, generate
 from models.accelerators import Forecast
 from models.costs.macs import usage
 from models.profiles import Candidate, Measure, Profile, pareto
 from models.profiles.profile import Likeness as To
-from models.quality.converged import STEPS, Converged
+from models.quality.converged import SOLVER, STEPS, Converged
 from models.quality.metrics import Likeness
 from models.resolve import resolve
 from models.shapes.judge import ShapesJudge
@@ -80,18 +81,11 @@ def measure(model: Model, captions: int) -> Profile:
         "plain": tuple(one.name for one in pareto(found, "plain")),
         "converged": tuple(one.name for one in pareto(found, "converged")),
     }
-    return Profile(
-        model=spec.name,
-        config_hash=spec.config_hash,
-        scheduler=SCHEDULER,
-        num_inference_steps=PLAIN_STEPS,
-        width=spec.native_width,
-        height=spec.native_height,
-        guidance_scale=spec.default_guidance_scale,
-        reference_steps=STEPS,
-        captions=tuple(caption for caption, _ in pairs),
-        fitted=0,
-        plain=found[0],
-        candidates=tuple(found[1:]),
-        fronts=fronts,
-    )
+    facts: dict[str, Any] = {"model": spec.name, "config_hash": spec.config_hash, "scheduler": SCHEDULER}
+    facts |= {"num_inference_steps": PLAIN_STEPS, "width": spec.native_width, "height": spec.native_height}
+    facts |= {"guidance_scale": spec.default_guidance_scale, "reference_steps": STEPS, "fitted": 0}
+    if "reference_scheduler" in Profile.model_fields:
+        facts["reference_scheduler"] = SOLVER
+    captioned = tuple(caption for caption, _ in pairs)
+    made = {"captions": captioned, "plain": found[0], "candidates": tuple(found[1:]), "fronts": fronts}
+    return Profile.model_validate(facts | made)

@@ -94,4 +94,6 @@ def profile(*candidates: Candidate, **facts: Any) -> Profile:
     fronts = {to: [one.name for one in pareto([plain, *chosen], to)] for to in LIKENESSES}
     known: dict[str, Any] = {"model": "unet", "config_hash": "hash", "scheduler": "ddim", "num_inference_steps": 10}
     known |= {"width": 64, "height": 32, "guidance_scale": 4.0, "reference_steps": 200, "captions": ["a"], "fitted": 0}
+    if "reference_scheduler" in Profile.model_fields:
+        known["reference_scheduler"] = "ddim"
     return Profile.model_validate({**known, "plain": plain, "candidates": chosen, "fronts": fronts, **facts})
