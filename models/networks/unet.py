@@ -18,24 +18,12 @@ from torch import Tensor, nn
 
 from models.networks.attention import AttentionRows
 from models.networks.gating import Gates, gates_of
+from models.networks.levels import levels_of
 from models.networks.sites import UNetSites, level
 from models.reuse.plans import Zeros
 from models.reuse.rows import Conditioning, Places, Row, keep, segments
 from models.reuse.sites import Feature
 from models.reuse.store import FeatureStore
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """Input block l and the output block L-1-l that closes it."""
-
-    down: nn.Module  # conv_in, a resnet, or a downsampler
-    down_attention: nn.Module | None
-    up: nn.Module  # a resnet over [inner, skip]
-    up_attention: nn.Module | None
-    upsampler: nn.Module | None
-    inner_channels: int  # of the hidden state that enters the output block
-    skip_channels: int  # of the one that leaves the input block
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +60,7 @@ class UNet:
     def __init__(self, module: Any) -> None:
         self.module = module
         self.reusable: list[nn.Module] = []
-        self.levels = _levels(module)
+        self.levels = levels_of(module)
         halvings = [0]
         for one in self.levels[1:]:
             halvings.append(halvings[-1] + isinstance(one.down, Downsample2D))
@@ -228,32 +216,6 @@ class UNet:
                 emb=emb, encoder_hidden_states=conditioning["encoder_hidden_states"], added_cond_kwargs=added
             )
         return emb
-
-
-def _levels(unet: Any) -> tuple[Level, ...]:
-    """Pair the input blocks of a U-Net with the output blocks that close them."""
-    downs: list[tuple[nn.Module, nn.Module | None]] = [(unet.conv_in, None)]
-    for block in unet.down_blocks:
-        downs += zip(block.resnets, _attentions(block), strict=True)
-        downs += [(module, None) for module in getattr(block, "downsamplers", None) or ()]
-    ups: list[tuple[nn.Module, nn.Module | None, nn.Module | None]] = []
-    for block in unet.up_blocks:
-        samplers = list(getattr(block, "upsamplers", None) or ())
-        tails = [None] * (len(block.resnets) - 1) + [samplers[0] if samplers else None]
-        ups += zip(block.resnets, _attentions(block), tails, strict=True)
-    channels = [_out_channels(module) for module, _ in downs]
-    return tuple(
-        Level(*down, *up, inner_channels=up[0].in_channels - skip, skip_channels=skip)  # type: ignore[arg-type, operator]
-        for down, up, skip in zip(downs, reversed(ups), channels, strict=True)
-    )
-
-
-def _attentions(block: Any) -> list[nn.Module | None]:
-    return list(getattr(block, "attentions", None) or [None] * len(block.resnets))
-
-
-def _out_channels(module: Any) -> int:
-    return int(module.out_channels)
 
 
 def truncate(unet: Any, depth: int) -> dict[str, str]:
