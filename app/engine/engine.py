@@ -16,7 +16,7 @@ from app.logs import SERVER
 from app.metrics import Metrics
 from app.settings import Settings
 from models.backbone import Backbone
-from models.device import set_threads
+from models.device import give_back_freed_memory, set_threads
 from models.profiles.choice import Outlook
 
 State = Literal["loading", "ready", "draining", "stopped", "dead"]
@@ -24,6 +24,8 @@ Loaded = tuple[Mapping[str, Backbone], Mapping[str, int]]
 """The backbones by name, and each one's cap of rows a tick."""
 
 RETRY_LOADING = 5
+IDLE_SECONDS = 5.0
+"""How long there is nothing to do before freed memory goes back to the system: what is kept makes ticks faster."""
 PREDICTION_SECONDS = 0.5
 """How long a prediction for those who are refused is good for."""
 
@@ -200,9 +202,10 @@ class Engine:
 
     def _collect(self, worker: Worker) -> bool:
         """Take in what came from other threads, waiting for it where there is nothing to do. False: stop."""
+        if not self._called(worker, IDLE_SECONDS):
+            give_back_freed_memory()
+            self._called(worker, None)
         with self._lock:
-            while not (self._inbox or self._gone or worker.busy or self._state == "stopped"):
-                self._lock.wait()
             inbox, self._inbox = self._inbox, []
             gone, self._gone = self._gone, []
         for job in inbox:
@@ -211,6 +214,13 @@ class Engine:
             worker.drop(job)
             self._forget(job)
         return self._state != "stopped"
+
+    def _called(self, worker: Worker, seconds: float | None) -> bool:
+        """Wait so long for something to do, or for the end; whether it came."""
+        with self._lock:
+            return self._lock.wait_for(
+                lambda: bool(self._inbox or self._gone or worker.busy or self._state == "stopped"), seconds
+            )
 
     def _begin(self, job: Job) -> None:
         with self._lock:

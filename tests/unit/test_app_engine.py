@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from app.engine import engine
 from app.engine.engine import Engine
 from app.engine.job import Event, Failed, Job, Progress, Queued
 from app.engine.pace import Pace
@@ -294,6 +295,27 @@ def test_a_drain_while_the_models_load_is_kept() -> None:
 
 
 # Closing
+
+
+def test_freed_memory_goes_back_once_where_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, back = list[bool](), threading.Event()
+
+    def give_back() -> None:
+        given.append(served.backbone.ticks != [])
+        back.set()
+
+    monkeypatch.setattr(engine, "IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(engine, "give_back_freed_memory", give_back)
+    with running(max_rows=1) as served:
+        assert back.wait(PATIENCE), "after loading"
+        job = served.submit(1)
+        served.gate.wait()
+        back.clear()
+        assert given == [False], "not while a tick runs"
+        served.gate.open()
+        served.last(job)
+        assert back.wait(PATIENCE)
+    assert given == [False, True], "and once only"
 
 
 def test_who_leaves_before_its_start_gives_its_place_up_while_the_tick_still_runs() -> None:
