@@ -49,7 +49,9 @@ class Settings(BaseSettings):
         description="Schedulers' own steps, or a whole tick's by tables; auto: exact in float32 on a CPU.",
     )
     compile: bool = Field(False, description="Compile the network's repeated blocks with torch.compile.")
-    torch_threads: int = Field(0, ge=0, le=1024, description="CPU threads of an operator; 0 lets torch choose.")
+    torch_threads: int = Field(
+        0, ge=0, le=1024, description="CPU threads of an operator; 0: as many as cores are free at start."
+    )
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="Bearer keys; none: no key is asked for."

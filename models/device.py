@@ -133,6 +133,11 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def thread_count() -> int:
+    """How many CPU cores operators of the calling thread use."""
+    return torch.get_num_threads()
+
+
 def wait(device: torch.device) -> None:
     """Wait until the device has done what was asked of it; for measuring."""
     if device.type == "cuda":

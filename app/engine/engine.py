@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from app.engine.job import Event, Failed, Job, Queued
+from app.engine.machine import choose_threads
 from app.engine.pace import Pace, retry_after
 from app.engine.worker import Worker
 from app.errors import Draining, EngineDead, Loading, QueueFull
@@ -16,7 +17,7 @@ from app.logs import SERVER
 from app.metrics import Metrics
 from app.settings import Settings
 from models.backbone import Backbone
-from models.device import give_back_freed_memory, set_threads
+from models.device import give_back_freed_memory, set_threads, thread_count
 from models.profiles.choice import Outlook
 
 State = Literal["loading", "ready", "draining", "stopped", "dead"]
@@ -166,8 +167,7 @@ class Engine:
     def _main(self) -> None:
         worker: Worker | None = None
         try:
-            if self._settings.torch_threads:
-                set_threads(self._settings.torch_threads)
+            self._set_threads()
             self.backbones, self.max_rows = self._load(self.pace)
             worker = Worker(
                 self.backbones,
@@ -199,6 +199,15 @@ class Engine:
             finally:
                 if self._state == "dead":
                     self._answer_all(Failed(EngineDead("the engine has died while this request ran", retry_after=60)))
+
+    def _set_threads(self) -> None:
+        """Give operators of this thread as many cores as the settings say, or as are free."""
+        if self._settings.torch_threads:
+            set_threads(self._settings.torch_threads)
+            return
+        chosen = choose_threads(thread_count())
+        set_threads(chosen.count)
+        SERVER.info("operators get %d threads: %s", chosen.count, chosen.reason)
 
     def _collect(self, worker: Worker) -> bool:
         """Take in what came from other threads, waiting for it where there is nothing to do. False: stop."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import models
-from app.engine.pace import Pace, knee
+from app.engine.pace import Pace, measure, pays
 from app.logs import SERVER
 from app.metrics import Metrics
 from app.settings import Settings
@@ -105,12 +105,14 @@ def _warm(name: str, backbone: Backbone, settings: Settings, pace: Pace) -> int:
         pace.observe(name, 2, tick(2))
         return settings.max_rows
     try:
-        rows = knee(tick, MOST_ROWS.get(backbone.device.type, 64), MEASURE_SECONDS / WARM_TICKS)
+        costs = measure(tick, MOST_ROWS.get(backbone.device.type, 64), MEASURE_SECONDS / WARM_TICKS)
+        rows = pays(costs)
+        why = ", ".join(f"{1000 * cost:.3g} at {number}" for number, cost in costs.items())
     except Exception as error:
         if not out_of_memory(error):
             raise
         release_memory()
-        rows = 2
+        rows, why = 2, "no memory for more"
     pace.observe(name, rows, tick(rows))
-    SERVER.info("%s: up to %d rows a tick", name, rows)
+    SERVER.info("%s: up to %d rows a tick; ms a row: %s", name, rows, why)
     return rows

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 SMOOTHING = 0.1
 FIRST_GUESS = 0.05
@@ -56,18 +57,37 @@ def retry_after(seconds: float) -> int:
     return min(max(math.ceil(seconds), 1), 3600)
 
 
-def knee(seconds_of: Callable[[int], float], most: int, budget: float, slack: float = 1.05) -> int:
-    """Rows a tick beyond which more rows stop paying: the fewest, of 2, 4, 8 ..., that cost at most 5 % more a row
-    than the best.
+def knee(seconds_of: Callable[[int], float], most: int, budget: float) -> int:
+    """Rows a tick beyond which more rows stop paying, as `measure` and `pays` find them."""
+    return pays(measure(seconds_of, most, budget))
 
-    `seconds_of(rows)` measures a tick. The search ends at `most` rows, or where the next tick would leave the `budget`
-    of seconds. All of it is measured before anything is said, so that one slow tick ends nothing.
+
+def measure(seconds_of: Callable[[int], float], most: int, budget: float, rounds: int = 5) -> dict[int, float]:
+    """Seconds that a row costs in ticks of 2, 4, 8 ... rows.
+
+    `seconds_of(rows)` measures a tick. The numbers end at `most` rows, or where the next tick would leave the `budget`
+    of seconds. All are measured in turns, up to `rounds` times while the budget lasts, and the median counts: what else
+    the machine does for a while hits all alike. A tick that took longer than one of more rows was disturbed, and cannot
+    have cost more than that one.
     """
+    found: dict[int, list[float]] = {}
     rows, spent = 2, 0.0
-    costs: dict[int, float] = {}
-    while rows <= most and (not costs or spent + costs[rows // 2] * rows <= budget):
-        seconds = seconds_of(rows)
-        spent += seconds
-        costs[rows] = seconds / rows
+    while rows <= most and (not found or spent + 2 * found[rows // 2][0] <= budget):
+        found[rows] = [seconds_of(rows)]
+        spent += found[rows][0]
         rows *= 2
+    for _ in range(rounds - 1):
+        for number, times in found.items():
+            if spent + times[0] <= budget:
+                times.append(seconds_of(number))
+                spent += times[-1]
+    costs, least = {}, math.inf
+    for number in reversed(found):
+        least = min(least, statistics.median(found[number]))
+        costs[number] = least / number
+    return dict(reversed(costs.items()))
+
+
+def pays(costs: Mapping[int, float], slack: float = 1.05) -> int:
+    """The fewest rows that cost at most 5 % more a row than the best."""
     return next(rows for rows, cost in costs.items() if cost <= slack * min(costs.values()))

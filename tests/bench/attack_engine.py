@@ -25,7 +25,7 @@ def bomb() -> str:
 
 
 def bombed(target: Target, count: int) -> tuple[list[Client], int]:
-    """Requests whose pictures are bombs and whose work is long, when all wait or run; and the most memory until then."""
+    """Requests with bombs for pictures and long work, once all wait or run; and the most memory until then."""
     body, most = LONG | {"image": bomb(), "timeout_seconds": 60}, 0
     clients = [Client(target.url, body) for _ in range(count)]
 

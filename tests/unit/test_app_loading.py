@@ -122,8 +122,8 @@ def test_each_models_knee_is_its_own(instant: Warmed) -> None:
     pace = Pace()
     caps = loading.warm_all({"small": small, "large": large}, settings("small", "large"), Metrics(), pace)
     assert caps == {"small": 4, "large": 16}
-    assert by_tick(small_network.rows) == [2, 4, 8, 16, 32, 64, 4]
-    assert by_tick(large_network.rows) == [2, 4, 8, 16, 32, 64, 16]
+    assert by_tick(small_network.rows) == [2, 4, 8, 16, 32, 64] * 5 + [4]
+    assert by_tick(large_network.rows) == [2, 4, 8, 16, 32, 64] * 5 + [16]
     assert pace.predict([("small", 1)]) == pytest.approx(0.001)
     assert pace.predict([("large", 1)]) == pytest.approx(0.001)
     assert pace.predict([("m", 1)]) == FIRST_GUESS
@@ -142,14 +142,14 @@ def test_unguided_models_are_measured_at_as_many_rows(instant: Warmed) -> None:
     backbone, network, _ = instant("sd", falling(until=8))
     backbone = replace(backbone, spec=replace(backbone.spec, default_guidance_scale=1.0))
     assert loading.warm_all({"m": backbone}, settings(), Metrics(), Pace()) == {"m": 8}
-    assert by_tick(network.rows) == [2, 4, 8, 16, 32, 64, 8]
+    assert by_tick(network.rows) == [2, 4, 8, 16, 32, 64] * 5 + [8]
 
 
 def test_measuring_ends_with_the_time_for_it(instant: Warmed) -> None:
     """Four seconds for three ticks of each number: 0.24 and 0.4 s are spent, the next would take 0.8 s."""
     backbone, network, _ = instant("sd", {2: 0.24, 4: 0.4}.__getitem__)
     assert loading.warm_all({"m": backbone}, settings(), Metrics(), Pace()) == {"m": 4}
-    assert by_tick(network.rows) == [2, 4, 4]
+    assert by_tick(network.rows) == [2, 4, 2, 4, 4]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])

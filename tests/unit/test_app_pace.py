@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.engine.pace import FIRST_GUESS, Pace, knee, retry_after
+from app.engine.pace import FIRST_GUESS, Pace, knee, measure, pays, retry_after
 
 
 def test_a_row_costs_what_the_first_tick_cost_by_its_rows() -> None:
@@ -68,7 +68,32 @@ def test_the_knee_measures_doubles_while_the_next_fits_the_budget(
         return cost[rows]
 
     knee(seconds_of, most, budget)
-    assert asked == measured
+    assert asked[: len(measured)] == measured
+    assert set(asked) == set(measured)
+    assert len(asked) == len(measured) or sum(cost[rows] for rows in asked) <= budget
+
+
+def test_numbers_of_rows_are_measured_in_turns_and_the_median_counts() -> None:
+    """A neighbour disturbs two whole rounds of five."""
+    asked: list[int] = []
+
+    def seconds_of(rows: int) -> float:
+        asked.append(rows)
+        disturbed = (len(asked) - 1) // 3 in (0, 3)
+        return {2: 1.0, 4: 1.2, 8: 2.3}[rows] * (7.0 if disturbed else 1.0)
+
+    costs = measure(seconds_of, most=8, budget=1000.0)
+    assert asked == [2, 4, 8] * 5
+    assert costs == {2: pytest.approx(0.5), 4: pytest.approx(0.3), 8: pytest.approx(0.2875)}
+    assert list(costs) == [2, 4, 8]
+    assert pays(costs) == 4
+
+
+def test_a_tick_that_took_longer_than_one_of_more_rows_was_disturbed() -> None:
+    costs = measure({2: 9.0, 4: 1.2, 8: 2.0}.__getitem__, most=8, budget=0.0, rounds=1)
+    assert costs == {2: 9.0 / 2}, "two rows are measured whatever they cost"
+    costs = measure({2: 9.0, 4: 1.2, 8: 2.0}.__getitem__, most=8, budget=100.0, rounds=1)
+    assert costs == {2: pytest.approx(0.6), 4: pytest.approx(0.3), 8: pytest.approx(0.25)}
 
 
 @pytest.mark.parametrize(("two", "expected"), [(2.09, 2), (2.11, 4)])
