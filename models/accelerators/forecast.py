@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from models.accelerators.base import Accelerator
-from models.errors import OutOfRange
+from models.errors import OutOfRange, NoProfile
+from models.profiles.profile import Schedule
 from models.reuse.plans import Recall, StepPlan
 from models.reuse.sites import OUTPUT
 from models.reuse.weights import Basis
@@ -21,8 +22,9 @@ class Forecast(Accelerator):
     """Between computed steps the network does not run: the scheduler follows a polynomial through the last predictions.
 
     Which steps are computed: every `interval`-th, or `evaluations` of them spread evenly over the run, or the `steps`
-    given. The first `warmup` are always computed, and so are steps at which guidance switches. As a foretold step
-    costs nothing, the run may have more steps than it has evaluations.
+    given, or those of a `schedule` that `calibrate` found for this model. The first `warmup` are always computed, and
+    so are steps at which guidance switches. As a foretold step costs nothing, the run may have more steps than it has
+    evaluations.
     """
 
     mode: Literal["forecast"] = "forecast"
@@ -31,11 +33,15 @@ class Forecast(Accelerator):
     steps: tuple[Evaluation, ...] | None = Field(
         None, min_length=1, max_length=1000, description="The computed steps, counted from 0; the first must be 0."
     )
+    schedule: str | None = Field(
+        None, max_length=120, description="A schedule of the model's profile; order and basis are its own by default."
+    )
     order: int = Field(1, ge=0, le=4, description="Degree of the polynomial; 0 repeats the last prediction.")
     basis: Basis = Field(
         "newton", description="newton: through the values; taylor: finite differences; hermite: damped."
     )
     warmup: int = Field(1, ge=1, le=1000, description="First steps that are always computed.")
+    _found: Schedule | None = PrivateAttr(None)
 
     claims: ClassVar[frozenset[str]] = frozenset({"output"})
     title: ClassVar[str] = (
@@ -45,9 +51,9 @@ class Forecast(Accelerator):
 
     @model_validator(mode="after")
     def _one_schedule(self) -> Self:
-        given = [name for name in ("interval", "evaluations", "steps") if getattr(self, name) is not None]
+        given = [name for name in ("interval", "evaluations", "steps", "schedule") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"give one of interval, evaluations and steps, not {' and '.join(given)}")
+            raise ValueError(f"give one of interval, evaluations, steps and schedule, not {' and '.join(given)}")
         if self.steps is not None and (list(self.steps) != sorted(set(self.steps)) or self.steps[0] != 0):
             raise ValueError("steps must begin with 0 and rise")
         return self
@@ -59,7 +65,30 @@ class Forecast(Accelerator):
             raise OutOfRange("acceleration.evaluations", f"{self.evaluations} is not in 1..{most} of this run")
         if self.steps is not None and self.steps[-1] >= most:
             raise OutOfRange("acceleration.steps", f"{self.steps[-1]} is not in 0..{most - 1} of this run")
-        return self
+        return self if self.schedule is None else self._scheduled(self.schedule, model, run)
+
+    def _scheduled(self, name: str, model: ModelSpec, run: RunSpec) -> Self:
+        """With the steps, and by default the order and basis, of a schedule that was found for such a run."""
+        profiles = [profile for profile in model.profiles.values() if profile.scheduler == run.scheduler]
+        here = {key: schedule for profile in profiles for key, schedule in profile.schedules.items()}
+        found = here.get(name)
+        if found is None:
+            known = ", ".join(here) or "none"
+            reason = f"{model.name} has no schedule {name!r} for {run.scheduler} (found by calibrate: {known})"
+            raise NoProfile("acceleration.schedule", reason)
+        facts = {
+            "num_inference_steps": (found.num_inference_steps, run.num_inference_steps),
+            "steps": (found.num_steps, run.num_steps),
+            "timestep_warp": (1.0, run.timestep_warp),
+        }
+        for fact, (wanted, given) in facts.items():
+            if wanted != given:
+                reason = f"{fact}: the schedule is for {wanted}, the request has {given}"
+                raise NoProfile("acceleration.schedule", reason)
+        own = {"order": found.order, "basis": found.basis}
+        bound = self.model_copy(update={key: own[key] for key in own.keys() - self.model_fields_set})
+        bound._found = found
+        return bound
 
     def plan(self, step: int, num_steps: int) -> StepPlan:
         """A computed step, or its prediction foretold."""
@@ -68,8 +97,11 @@ class Forecast(Accelerator):
         return StepPlan({OUTPUT: Recall(self.order, self.basis)})
 
     def _computed(self, step: int, num_steps: int) -> bool:
-        if self.steps is not None:
-            return step in self.steps
+        if self.schedule is not None and self._found is None:
+            raise ValueError("bind the accelerator to a model first")
+        steps = self.steps if self._found is None else self._found.steps
+        if steps is not None:
+            return step in steps
         if self.evaluations is not None:
             return step in spread(self.evaluations, num_steps)
         return step % (self.interval or 2) == 0

@@ -325,7 +325,7 @@ def test_a_spread_has_as_many_steps_as_asked(count: int) -> None:
     [
         (
             {"interval": 2, "evaluations": 3},
-            "give one of interval, evaluations and steps, not interval and evaluations",
+            "give one of interval, evaluations, steps and schedule, not interval and evaluations",
         ),
         ({"steps": (0, 2, 2)}, "steps must begin with 0 and rise"),
         ({"steps": (1, 2)}, "steps must begin with 0 and rise"),

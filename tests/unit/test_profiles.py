@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 
 from models import Profile, load
-from models.errors import ModelLoadError
+from models.accelerators import Forecast
+from models.errors import ModelLoadError, NoProfile
 from models.profiles import Candidate, Measure, nearest, pareto
 from models.profiles.profile import MAX_BYTES
-from tests.unit.specs import dit_spec
+from models.reuse.plans import Recall
+from models.reuse.sites import OUTPUT
+from models.spec import ModelSpec, RunSpec
+from tests.unit.specs import dit_spec, run_spec
 
 
 def candidate(name: str, macs: int, psnr: float, converged: float | None = None, **facts: Any) -> dict[str, Any]:
@@ -167,3 +171,36 @@ def test_a_model_takes_its_profiles(pipeline_dir: Callable[[str], Path], tmp_pat
     strange_file = write(tmp_path, config_hash=digest, candidates=[strange], fronts=fronts)
     with pytest.raises(ModelLoadError, match=r"candidate k13: acceleration\.interval: .* greater than or equal to 1"):
         load(str(directory), device="cpu", profiles={"mine": strange_file})
+
+
+def scheduled() -> ModelSpec:
+    """A model whose profile has one schedule for runs of 25 steps of ddim."""
+    return dit_spec(profiles={"a": Profile.model_validate(FACTS)})
+
+
+def test_a_forecast_takes_its_schedule_from_the_profile() -> None:
+    forecast = Forecast(schedule="k13").bind(scheduled(), run_spec(25))
+    assert [step for step in range(25) if not forecast.plan(step, 25).reuse] == [0, 3, 24]
+    assert forecast.plan(5, 25).reuse == {OUTPUT: Recall(2, "newton")}
+    assert (forecast.schedule, forecast.order) == ("k13", 2)
+    own = Forecast(schedule="k13", order=1, basis="taylor", warmup=2).bind(scheduled(), run_spec(25))
+    assert own.plan(5, 25).reuse == {OUTPUT: Recall(1, "taylor")}
+    assert not own.plan(1, 25).reuse
+    with pytest.raises(ValueError, match="bind"):
+        Forecast(schedule="k13").plan(1, 25)
+
+
+MISMATCHED: list[tuple[RunSpec, str, str]] = [
+    (run_spec(25), "lost", r"dit has no schedule 'lost' for ddim \(found by calibrate: k13\)"),
+    (run_spec(25, scheduler="euler"), "k13", r"no schedule 'k13' for euler \(found by calibrate: none\)"),
+    (run_spec(24), "k13", "num_inference_steps: the schedule is for 25, the request has 24"),
+    (run_spec(25, num_steps=20), "k13", "steps: the schedule is for 25, the request has 20"),
+    (run_spec(25, timestep_warp=2.0), "k13", "timestep_warp: the schedule is for 1.0, the request has 2.0"),
+]
+
+
+@pytest.mark.parametrize(("run", "name", "reason"), MISMATCHED, ids=[reason[:20] for *_, reason in MISMATCHED])
+def test_a_schedule_is_for_its_runs_alone(run: RunSpec, name: str, reason: str) -> None:
+    with pytest.raises(NoProfile, match=reason) as caught:
+        Forecast(schedule=name).bind(scheduled(), run)
+    assert caught.value.field == "acceleration.schedule"
