@@ -9,6 +9,7 @@ from models.profiles import Profile
 from models.request import Request, Result
 from models.search.attention_plan import Plan
 from models.search.attention_search import search_plan
+from models.search.calibrate import calibrate
 from models.search.warp_search import search_warp
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Request",
     "Result",
     "advance",
+    "calibrate",
     "generate",
     "load",
     "macs",

@@ -86,6 +86,7 @@ class Profile(_Value):
     width: int = Field(ge=1)
     height: int = Field(ge=1)
     guidance_scale: float = Field(ge=0)
+    reference_scheduler: str
     reference_steps: Count = Field(description="Plain steps of the converged run.")
     captions: tuple[str, ...] = Field(min_length=1, max_length=4096)
     fitted: int = Field(ge=0, description="The first so many captions fitted; the others chose and measured.")

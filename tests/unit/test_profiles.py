@@ -45,6 +45,7 @@ FACTS: dict[str, Any] = {
     "width": 64,
     "height": 32,
     "guidance_scale": 2.0,
+    "reference_scheduler": "ddim",
     "reference_steps": 200,
     "captions": ["a", "b"],
     "fitted": 1,

@@ -1,0 +1,202 @@
+"""Calibrate: measure what every way to draw a picture costs and gives, and find the steps worth computing.
+
+Half of the prompts fit: their plain runs of very many steps are recorded, and masks are proposed from inner products
+(`models.search.masks`). The other half chooses: every proposal is run on them and held against the plain picture and
+the converged one of the same seed (`models.search.measuring`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path as File
+
+from models.accelerators import Forecast
+from models.accelerators.forecast import spread
+from models.backbone import Backbone
+from models.errors import RequestError
+from models.profiles import Likeness, Profile, Schedule, pareto
+from models.quality.judge import Judge
+from models.request import Request, Run, digest
+from models.resolve import least_request, resolve
+from models.search.kept import Kept
+from models.search.masks import Path
+from models.search.measuring import CHUNK, Measuring, Scores, beats, candidate
+from models.search.proposals import FINER, Proposal, caches, even_forecasts, searched_forecasts, solvers
+from models.search.recording import record
+from models.solvers.tables import NotLinear, table
+
+REFERENCE_STEPS = 200
+REFERENCE = ("dpmpp_2m",)
+"""Solvers whose converged picture stands for all: at 200 steps it and DDIM's are alike to 57 dB on a bundled model."""
+Progress = Callable[[int, int, str], None]
+"""Called with (runs done, runs in all as far as is known, the one that is next)."""
+
+
+def calibrate(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    *,
+    scheduler: str | None = None,
+    num_inference_steps: int | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    seed: int = 0,
+    reference_steps: int = REFERENCE_STEPS,
+    judge: Judge | None = None,
+    checkpoint: File | None = None,
+    progress: Progress | None = None,
+    clock: Callable[[], float] = time.process_time,
+) -> Profile:
+    """Measure a model at one scheduler, number of steps and size; 32 prompts drawn as users draw them are enough.
+
+    Picture `i` is drawn from `seed + i`. With `checkpoint`, a folder, what is measured is kept there, and a later call
+    with the same arguments goes on from it. `clock` times the runs; by default it is the processor's time, which other
+    work on the machine blurs least. Raises a `RequestError` for fewer than two prompts, a scheduler that draws noise on
+    the way, or a checkpoint of another calibration.
+    """
+    spec = backbone.spec
+    common = {"scheduler": scheduler, "width": width, "height": height}
+    run = resolve(
+        spec,
+        backbone.scheduler_config,
+        least_request(spec, **common, num_inference_steps=num_inference_steps or spec.default_steps),
+    )
+    _check(backbone, prompts, run)
+    reference = next((name for name in REFERENCE if name in spec.schedulers), run.scheduler), reference_steps
+    requests = [
+        Request(prompt=text, seed=seed + i, width=run.width, height=run.height) for i, text in enumerate(prompts)
+    ]
+    fitted = len(prompts) // 2
+    kept = Kept(
+        checkpoint,
+        {
+            "model": spec.config_hash,
+            "run": [run.scheduler, run.num_inference_steps, run.width, run.height],
+            "reference": list(reference),
+            "requests": digest(requests),
+        },
+    )
+    measuring = Measuring(backbone, requests[fitted:], judge, clock)
+    work = _Work(measuring, kept, progress)
+    plain = Proposal("plain", run.scheduler, run.num_inference_steps)
+    work.says("recording")
+    path = kept.path(lambda: _recorded(backbone, requests[:fitted], reference))
+    work.says("converged")
+    measuring.converged = kept.pictures("converged", lambda: measuring.draw(Proposal("converged", *reference))[0])
+    work.says("plain")
+    measuring.plain = kept.pictures("plain", lambda: measuring.draw(plain)[0])
+    schedules = {
+        grid: resolve(spec, backbone.scheduler_config, least_request(spec, **common, num_inference_steps=grid)).schedule
+        for grid in (run.num_inference_steps * finer for finer in FINER)
+    }
+    lengths = {grid: len(schedule.timesteps) for grid, schedule in schedules.items()}
+    work.says("searching")
+    proposals = [
+        plain,
+        *solvers(spec, run.scheduler, len(run.steps)),
+        *even_forecasts(run.scheduler, len(run.steps), lengths),
+        *searched_forecasts(run.scheduler, len(run.steps), schedules, path),
+        *caches(spec, run.scheduler, run.num_inference_steps),
+    ]
+    proposals = list({proposal.name: proposal for proposal in proposals}.values())
+    scores = work.measure(proposals)
+    lines = [candidate(one, scores[one.name], scores[plain.name].seconds) for one in proposals]
+    wanted: tuple[Likeness, ...] = ("plain", "converged")
+    return Profile(
+        model=spec.name,
+        config_hash=spec.config_hash,
+        scheduler=run.scheduler,
+        num_inference_steps=run.num_inference_steps,
+        width=run.width,
+        height=run.height,
+        guidance_scale=run.guidance_scale,
+        reference_scheduler=reference[0],
+        reference_steps=reference[1],
+        captions=tuple(prompts),
+        fitted=fitted,
+        seed=seed,
+        plain=lines[0],
+        candidates=tuple(lines[1:]),
+        fronts={to: tuple(one.name for one in pareto(lines, to)) for to in wanted},
+        schedules=_chosen(proposals, scores, run.num_inference_steps),
+    )
+
+
+def _check(backbone: Backbone, prompts: Sequence[str], run: Run) -> None:
+    if len(prompts) < 2:
+        raise RequestError("prompts", f"{len(prompts)} is too few: one half fits, the other chooses; give 2 or more")
+    if backbone.spec.takes != "prompt" or backbone.spec.asks_for_embeddings:
+        raise RequestError("model", f"{backbone.spec.name} does not take prompts as text, which calibrate draws")
+    try:
+        noisy = any(table(run.schedule).draws)
+    except NotLinear as error:
+        raise RequestError("scheduler", f"{run.scheduler} cannot be calibrated: {error}") from error
+    if noisy:
+        raise RequestError("scheduler", f"{run.scheduler} draws noise on the way, so its pictures do not converge")
+
+
+def _recorded(backbone: Backbone, requests: Sequence[Request], reference: tuple[str, int]) -> Path:
+    """The mean path of plain reference runs."""
+    scheduler, steps = reference
+    wanted = [replace(request, scheduler=scheduler, num_inference_steps=steps) for request in requests]
+    parts = [wanted[start : start + CHUNK] for start in range(0, len(wanted), CHUNK)]
+    paths = [record(backbone, part)[0] for part in parts]
+    grams = [path.gram * len(part) for path, part in zip(paths, parts, strict=True)]
+    return replace(paths[0], gram=sum(grams[1:], grams[0]) / len(wanted))
+
+
+def _chosen(proposals: Sequence[Proposal], scores: Mapping[str, Scores], steps: int) -> dict[str, Schedule]:
+    """For each number of evaluations on each grid the schedule to take: the even one, unless another beats it.
+
+    On the plain run's own grid by likeness to the plain picture, on finer ones to the converged one.
+    """
+    groups: dict[tuple[int, int], list[Proposal]] = {}
+    for proposal in proposals:
+        if proposal.group is not None:
+            groups.setdefault(proposal.group, []).append(proposal)
+
+    def values(proposal: Proposal) -> Sequence[float]:
+        own = scores[proposal.name]
+        return own.to_plain if proposal.num_inference_steps == steps else own.to_converged
+
+    found = {}
+    for (count, length), members in groups.items():
+        even = max((one for one in members if one.even), key=lambda one: sum(values(one)))
+        best = max(members, key=lambda one: sum(values(one)))
+        winner = best if beats(values(best), values(even)) else even
+        [forecast] = winner.acceleration
+        if isinstance(forecast, Forecast):
+            mask = forecast.steps or tuple(sorted(spread(count, length)))
+            found[f"{count}of{length}"] = Schedule(
+                num_inference_steps=winner.num_inference_steps, num_steps=length, steps=mask, order=forecast.order
+            )
+    return found
+
+
+@dataclass
+class _Work:
+    """The runs to measure, one after another."""
+
+    measuring: Measuring
+    kept: Kept
+    progress: Progress | None
+    done: int = 0
+    total: int = 0
+
+    def says(self, note: str) -> None:
+        """Tell what is next."""
+        if self.progress is not None:
+            self.progress(self.done, self.total, note)
+
+    def measure(self, proposals: Sequence[Proposal]) -> dict[str, Scores]:
+        """The scores of each, by name."""
+        self.total = len(proposals)
+        for proposal in proposals:
+            self.says(proposal.name)
+            if proposal.name not in self.kept.scores:
+                self.kept.add(proposal.name, self.measuring.score(proposal))
+            self.done += 1
+        self.says("done")
+        return self.kept.scores
