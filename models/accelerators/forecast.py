@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from models.accelerators.base import Accelerator
-from models.errors import OutOfRange, NoProfile
+from models.errors import NoProfile, OutOfRange
 from models.profiles.profile import Schedule
 from models.reuse.plans import Recall, StepPlan
 from models.reuse.sites import OUTPUT
