@@ -25,7 +25,8 @@ from models.search.masks import Path
 from models.search.measuring import CHUNK, Measuring, Scores, beats, candidate
 from models.search.proposals import FINER, Proposal, caches, even_forecasts, searched_forecasts, solvers
 from models.search.recording import record
-from models.solvers.tables import NotLinear, table
+from models.solvers.probe import NotLinear
+from models.solvers.tables import table
 
 REFERENCE_STEPS = 200
 REFERENCE = ("dpmpp_2m",)
