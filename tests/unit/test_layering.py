@@ -116,3 +116,17 @@ def _calls(file: Path, name: str) -> int:
     """How often a file calls a function of this name."""
     called = (node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
     return sum(isinstance(function, ast.Name) and function.id == name for function in called)
+
+
+def test_the_store_is_imported_only_where_one_is_asked_for() -> None:
+    """A server without a store loads nothing of it: outside `app.jobs` it is imported inside functions alone."""
+    outside = [file for file in APP if "jobs" not in file.relative_to(ROOT / "app").parts[:1]]
+    at_once = {file.name: [n for n in _at_import(file) if n.startswith(("app.jobs", "sqlalchemy"))] for file in outside}
+    assert not any(at_once.values()), at_once
+    assert "app.jobs.service" in set(imports(ROOT / "app" / "http" / "main.py")), "which makes it where it is asked for"
+
+
+def _at_import(file: Path) -> list[str]:
+    """What a file imports when it is imported itself."""
+    found = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [n.module or "" if isinstance(n, ast.ImportFrom) else n.names[0].name for n in found]
