@@ -32,9 +32,15 @@ def _serve(**flags: Any) -> None:
         for line in explain(error):
             typer.echo(line, err=True)
         raise typer.Exit(2) from None
+    from app.listening import CannotListen
     from app.serve import serve
 
-    raise typer.Exit(serve(settings))
+    try:
+        code = serve(settings)
+    except CannotListen as error:
+        typer.echo(f"slipstream: {error}", err=True)
+        raise typer.Exit(1) from None
+    raise typer.Exit(code)
 
 
 def explain(error: ValidationError) -> list[str]:

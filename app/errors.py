@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
-from models.errors import RequestError
+from models.errors import RequestError, cut
+
+MESSAGE_CHARACTERS = 1000
 
 
 class ServiceError(Exception):
     """Base of the tree. `param` names the field at fault, `retry_after` is in seconds.
 
-    `outcome` is the label under which requests that end so are counted, `kind` the error's `type` on the wire.
+    `outcome` is the label under which requests that end so are counted, `kind` the error's `type` on the wire. What a
+    client wrote is cut where it is quoted; `MESSAGE_CHARACTERS` bounds what was forgotten.
     """
 
     status: ClassVar[int] = 500
@@ -21,8 +24,8 @@ class ServiceError(Exception):
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
-        self.message = message
-        self.param = param
+        self.message = cut(message, MESSAGE_CHARACTERS)
+        self.param = None if param is None else cut(param)
         self.retry_after = retry_after
 
 
@@ -72,6 +75,18 @@ class IdempotencyConflict(Conflict):
     """The same `Idempotency-Key` was sent with another body."""
 
     code = "idempotency_conflict"
+
+
+class RequestTimeout(ServiceError):
+    """The head or the body of a request came too slowly."""
+
+    status, kind, outcome, code = 408, "invalid_request_error", "invalid", "request_timeout"
+
+
+class UnsupportedEncoding(ServiceError):
+    """The body is packed in a way that is not taken."""
+
+    status, kind, outcome, code = 415, "invalid_request_error", "invalid", "unsupported_encoding"
 
 
 class TooLarge(ServiceError):
@@ -143,6 +158,12 @@ class Draining(Unavailable):
     """The server is shutting down and takes no new work."""
 
     code = "draining"
+
+
+class Overloaded(Unavailable):
+    """As many connections, or bytes of bodies, as may be."""
+
+    code = "overloaded"
 
 
 class EngineDead(Unavailable):

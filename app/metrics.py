@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.metrics_core import Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from app.logs import lost_lines
 from models.accelerators import REGISTRY, Accelerator
 from models.device import device_memory
 
@@ -87,6 +88,11 @@ class Metrics:
         self.waiting = gauge("requests_waiting", "Requests accepted and not started.")
         self.waiting_bytes = gauge("waiting_bytes", "What unanswered requests keep: uploads, pictures, runs.")
         self.capacity = gauge("queue_capacity", "Requests that may wait.")
+        self.body_bytes = gauge("body_bytes", "Bodies of requests that are held.")
+        self.connections = gauge("connections", "Connections that are open.")
+        self.dropped = counter(
+            "connections_dropped_total", "Connections closed on a client that did not keep to the rules.", "cause"
+        )
         self.rejected = counter("requests_rejected_total", "Requests refused for lack of room or readiness.", "reason")
         self.cancelled = counter("requests_cancelled_total", "Requests given up before their end.", "cause")
         self.prompt_bytes = gauge("prompt_cache_bytes", "Encoded prompts that are kept for the next time.")
@@ -101,9 +107,21 @@ class Metrics:
             "webhook_deliveries_total", "Tries to deliver a webhook, by what came of them.", "outcome"
         )
         self.build = Info("slipstream_build", "What is running.", registry=registry)
+        registry.register(_LogCollector())
         registry.register(_DeviceCollector())
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=registry)
+
+
+class _LogCollector:
+    """Log lines that were lost, read when it is asked for."""
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Log lines that nobody took in time."
+        return iter([CounterMetricFamily("slipstream_log_lines_lost", text, value=lost_lines())])
+
+    def describe(self) -> Iterator[Metric]:
+        return self.collect()
 
 
 class _DeviceCollector:

@@ -70,7 +70,15 @@ class Settings(BaseSettings):
         4 * 2**30, ge=0, description="Remembered features above which no further image is started."
     )
     decode_chunk: int = Field(4, ge=1, le=64, description="Images decoded between two ticks.")
-    max_body_bytes: int = Field(24 * 2**20, ge=1024, description="Size of a request's body.")
+    max_body_bytes: int = Field(24 * 2**20, ge=1024, description="Size of a request's body, also when unpacked.")
+    max_inflight_bytes: int = Field(
+        256 * 2**20, ge=2**20, description="Bodies held at once, in bytes; each request's first 64 KiB are free."
+    )
+    max_connections: int = Field(1024, ge=8, le=1_000_000, description="Connections open at once.")
+    head_seconds: float = Field(10.0, gt=0, le=3600, description="Longest wait for the head of a request.")
+    body_seconds: float = Field(
+        10.0, gt=0, le=3600, description="Longest pause within a body, which comes at 16 KiB a second or more."
+    )
     max_pixels: Annotated[int, Field(ge=64)] | Literal["auto"] = Field(
         "auto", description="Width times height of an image; auto is four times the model's native size."
     )
@@ -157,6 +165,17 @@ class Settings(BaseSettings):
         if self.webhook_origins and self.webhook_secret is None:
             raise ValueError("webhook_origins: give webhook_secret too, which signs them")
         return self
+
+    @field_validator("log_file")
+    @classmethod
+    def _writable(cls, file: Path | None) -> Path | None:
+        """Said at once, not as a traceback later."""
+        if file is not None:
+            try:
+                file.open("a").close()
+            except OSError as error:
+                raise ValueError(f"{str(file)!r} cannot be written: {error.strerror}") from error
+        return file
 
     @model_validator(mode="after")
     def _served(self) -> Self:

@@ -1,5 +1,12 @@
 """The errors of the library: one tree, each naming the field of the request that is at fault and why."""
 
+CUT_CHARACTERS = 200
+
+
+def cut(text: str, most: int = CUT_CHARACTERS) -> str:
+    """What somebody else wrote, short enough for an error or a log: at most `most` characters, and how many more."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most} more)"
+
 
 class SlipstreamError(Exception):
     """Base of every error that this package raises on purpose."""

@@ -11,7 +11,7 @@ from PIL import Image
 
 from models.accelerators import Accelerator, Auto, bind, from_mode
 from models.accelerators.base import needs_guidance
-from models.errors import AcceleratorConflict, NoProfile, OutOfRange, RequestError, WrongBackbone
+from models.errors import AcceleratorConflict, NoProfile, OutOfRange, RequestError, WrongBackbone, cut
 from models.profiles.choice import QUALITIES, Chosen, Outlook, choose, find, promises
 from models.request import Request, Run
 from models.reuse.compile import compile_run, feature_bytes
@@ -196,7 +196,7 @@ def _scheduler(model: ModelSpec, request: Request) -> str:
     name = request.scheduler or model.default_scheduler
     if name not in model.schedulers:
         reason = "cannot end in pure noise as this model's schedule does" if name in REGISTRY else "is not known"
-        raise WrongBackbone("scheduler", f"{name!r} {reason}; one of {', '.join(model.schedulers)}")
+        raise WrongBackbone("scheduler", f"{cut(name)!r} {reason}; one of {', '.join(model.schedulers)}")
     return name
 
 

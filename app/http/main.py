@@ -19,7 +19,8 @@ from app.engine.engine import Engine, Loaded
 from app.engine.loading import load_all, warm_all
 from app.engine.pace import Pace
 from app.http import problems
-from app.http.middleware import Authorize, LimitBody, Observe
+from app.http.intake import Bodies, Intake
+from app.http.middleware import Authorize, Head, Observe
 from app.http.routes import batches, docs, files, generate, info, openai
 from app.http.routes import jobs as jobs_routes
 from app.http.service import Service
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from app.jobs.service import JobService
 
 DESCRIPTION = "Diffusion inference where each request chooses its own acceleration and all share one batch."
-ALWAYS_OPEN = ("/health/", "/", "/web/")
-"""Paths that never ask for a key: health, and the playground's files, which hold no data and ask for the key."""
+ALWAYS_OPEN = ("/health/", "/", "/web/", "/docs", "/docs-assets/", "/openapi.json")
+"""Paths that never ask for a key: health, and pages that hold no data and have a place to give the key."""
 
 
 def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbone] | None = None) -> FastAPI:
@@ -42,6 +43,7 @@ def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbon
     metrics.build.info({"version": distribution_version(), "torch": torch.__version__, "device": settings.device})
     engine = Engine(_loader(settings, metrics, backbones), settings, metrics)
     service = Service(settings, engine, metrics)
+    bodies = Bodies(settings.max_inflight_bytes, metrics.body_bytes)
 
     jobs = _store(settings, service)
 
@@ -64,20 +66,30 @@ def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbon
         description=DESCRIPTION,
         version=distribution_version(),
         lifespan=lifespan,
-        middleware=_middleware(settings, metrics),
+        middleware=_middleware(settings, metrics, bodies),
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
     )
     app.state.settings, app.state.metrics, app.state.engine, app.state.service = settings, metrics, engine, service
     app.state.jobs = jobs
+    app.state.bodies = bodies
     app.state.created = time.time()
     problems.install(app)
     for module in (generate, jobs_routes, files, batches, openai, info, docs):
         app.include_router(module.router)
     app.mount("/docs-assets", docs.ASSETS, name="docs-assets")
     app.mount("/web", StaticFiles(directory=info.WEB), name="web")
+    if settings.api_keys:
+        _ask_for_key(app)
     return app
+
+
+def _ask_for_key(app: FastAPI) -> None:
+    """Let the interface description say that a key is needed, so that /docs has a place to give it."""
+    description = app.openapi()
+    description["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    description["security"] = [{"key": []}]
 
 
 def distribution_version() -> str:
@@ -103,9 +115,9 @@ def _loader(settings: Settings, metrics: Metrics, backbones: Mapping[str, Backbo
     return lambda pace: (backbones, warm_all(backbones, settings, metrics, pace))
 
 
-def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
+def _middleware(settings: Settings, metrics: Metrics, bodies: Bodies) -> list[Middleware]:
     """Outermost first."""
-    stack = [Middleware(Observe, metrics=metrics, cors=bool(settings.cors_origins))]
+    stack = [Middleware(Observe, metrics=metrics, cors=bool(settings.cors_origins)), Middleware(Head)]
     if settings.cors_origins:
         exposed = ["X-Request-Id", "Retry-After", *(f"X-Slipstream-{name}" for name in ("Id", "Seed", "Model"))]
         stack.append(
@@ -122,5 +134,5 @@ def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
         open_paths = ALWAYS_OPEN if settings.metrics_require_key else (*ALWAYS_OPEN, "/metrics")
         stack.append(Middleware(Authorize, keys=keys, open_paths=open_paths))
     larger = {files.router.prefix: settings.max_file_bytes}
-    stack.append(Middleware(LimitBody, max_bytes=settings.max_body_bytes, others=larger))
+    stack.append(Middleware(Intake, settings=settings, metrics=metrics, bodies=bodies, streamed=larger))
     return stack

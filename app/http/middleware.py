@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import ClientGone, Internal, ServiceError, TooLarge, Unauthorized
+from app.errors import ClientGone, Draining, Internal, ServiceError, Unauthorized
 from app.http.problems import answer
 from app.http.record import Record
 from app.logs import REQUESTS
 from app.metrics import Metrics
+from models.errors import cut
 
 ENDPOINTS = ("/generate", "/v1/images/generations", "/v1/images/edits")
 """Routes that are counted, by their path."""
@@ -79,6 +81,10 @@ class Observe:
 
         try:
             await self._app(scope, receive, observed)
+        except asyncio.CancelledError:  # only the end of the process cancels; whoever did has nothing to wait for
+            record.failed(Draining("the server was shut down before this request was done", retry_after=1))
+            if not started:
+                await answer(Draining(record.error, retry_after=1))(scope, receive, observed)
         except OSError:
             record.failed(ClientGone("the client left while it was being answered"))
         except Exception:
@@ -94,7 +100,11 @@ class Observe:
             labels = (record.model, record.acceleration, record.outcome)
             self._metrics.requests.labels(record.endpoint, *labels).inc()
             self._metrics.request_seconds.labels(*labels).observe(seconds)
-        facts = {"request_id": record.request_id, "method": scope["method"], "path": scope["path"]}
+        facts: dict[str, Any] = {
+            "request_id": record.request_id,
+            "method": cut(scope["method"]),
+            "path": cut(scope["path"]),
+        }
         facts |= {"status": record.status, "seconds": round(seconds, 4)}
         if record.endpoint:
             facts |= {"model": record.model, "acceleration": record.acceleration, "outcome": record.outcome}
@@ -108,7 +118,7 @@ class Authorize:
 
     def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: Sequence[str]) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._keys = [spelt for key in keys for spelt in _spellings(key)]
         self._open = tuple(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,41 +134,34 @@ class Authorize:
             path == known or (known.endswith("/") and known != "/" and path.startswith(known)) for known in self._open
         ):
             return True
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        matches = [hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), key) for key in self._keys]
-        return any(matches) and scheme.lower() == "bearer"
+        value: bytes = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, given = value.partition(b" ")
+        matches = [hmac.compare_digest(given.strip(), key) for key in self._keys]
+        return any(matches) and scheme.lower() == b"bearer"
 
 
-class LimitBody:
-    """Refuses bodies above a size, of some paths another, whether they say so beforehand or not."""
+def _spellings(key: str) -> set[bytes]:
+    """A key as clients send it: in UTF-8, or in Latin-1 as HTTP once had it, where that has all its letters."""
+    latin = {key.encode("latin-1")} if all(ord(letter) < 256 for letter in key) else set()
+    return {key.encode(), *latin}
 
-    def __init__(self, app: ASGIApp, max_bytes: int, others: Mapping[str, int] | None = None) -> None:
+
+class Head:
+    """Answers HEAD wherever GET is answered, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._max = max_bytes
-        self._others = others or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with a `receive` that counts."""
-        if scope["type"] != "http":
+        """Pass a HEAD on as a GET."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return
-        most = self._others.get(route_path(scope), self._max)
-        error = TooLarge(f"the body is larger than {most} bytes")
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdigit() and int(declared) > most:
-            await _refuse(error, scope, receive, send)
-            return
-        taken = 0
 
-        async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > most:
-                raise HTTPException(413)  # what FastAPI lets through while it reads a body
-            return message
+        async def bodiless(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
-        await self._app(scope, counted, send)
+        await self._app({**scope, "method": "GET"}, receive, bodiless)
 
 
 async def _refuse(error: ServiceError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -11,13 +11,15 @@ from fastapi.exceptions import RequestValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import Scope
 
 from app.errors import Impossible, Internal, Malformed, MethodNotAllowed, NotFound, ServiceError, TooLarge
 from app.http.schemas.batches import FIELD_NAMES as BATCH_FIELDS
 from app.http.schemas.jobs import FIELD_NAMES as JOB_FIELDS
 from app.http.schemas.requests import FIELD_NAMES
 from app.http.schemas.responses import ErrorBody
-from models.errors import RequestError
+from models.errors import RequestError, cut
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
@@ -37,11 +39,16 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 KNOWN_FIELDS = FIELD_NAMES | JOB_FIELDS | BATCH_FIELDS
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
-def answer(error: ServiceError) -> Response:
-    """An error as a response."""
+def answer(error: ServiceError, allow: Sequence[str] = ()) -> Response:
+    """An error as a response; `allow` are the methods that the address takes."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if allow:
+        headers["Allow"] = ", ".join(allow)
+    if error.status == 415:
+        headers["Accept-Encoding"] = "gzip, deflate"
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(json.dumps(body(error)), error.status, headers, media_type="application/json")
@@ -81,7 +88,7 @@ def invalid(errors: Sequence[ErrorDetails | dict[str, Any]]) -> ServiceError:
     unknown = first["type"] == "extra_forbidden"
     path = [str(part) for part in first["loc"] if part in KNOWN_FIELDS]
     if unknown:
-        path = [*path, str(first["loc"][-1])] if first["loc"][-1] not in path[-1:] else path
+        path = [*path, cut(str(first["loc"][-1]))] if first["loc"][-1] not in path[-1:] else path
     if not path:
         return Malformed("the body must be a JSON object, sent as application/json")
     error = Impossible(
@@ -93,7 +100,20 @@ def invalid(errors: Sequence[ErrorDetails | dict[str, Any]]) -> ServiceError:
 
 def _reason(error: ErrorDetails | dict[str, Any]) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
+    if tag := error.get("ctx", {}).get("tag"):  # a mode that there is not, as the client wrote it
+        message = message.replace(str(tag), cut(str(tag)))
     return message[:1].lower() + message[1:]
+
+
+def _allowed(app: FastAPI, scope: Scope) -> list[str]:
+    """The methods that an address takes; HEAD goes wherever GET does."""
+    found = {
+        method
+        for method in METHODS
+        for route in app.router.routes
+        if route.matches({**scope, "method": method})[0] is Match.FULL
+    }
+    return [method for method in METHODS if method in found or (method == "HEAD" and "GET" in found)]
 
 
 def install(app: FastAPI) -> None:
@@ -102,7 +122,7 @@ def install(app: FastAPI) -> None:
     async def respond(request: Request, error: Exception) -> Response:
         known = translate(error)
         request.state.record.failed(known)
-        return answer(known)
+        return answer(known, _allowed(app, request.scope) if known.status == 405 else ())
 
     for kind in (ServiceError, RequestError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, respond)

@@ -25,6 +25,7 @@ from app.metrics import Metrics, acceleration_label
 from app.settings import Settings
 from models.backbone import Backbone
 from models.costs.macs import usage
+from models.errors import cut
 from models.request import Request, Run
 from models.resolve import resolve, wish_of
 from models.reuse.plans import StepRows
@@ -64,7 +65,7 @@ class Service:
         backbones = self.engine.backbones
         known = name if name is not None else next(iter(backbones))
         if known not in backbones:
-            raise ModelNotFound(f"model: {known!r} is not served; one of {', '.join(backbones)}", param="model")
+            raise ModelNotFound(f"model: {cut(known)!r} is not served; one of {', '.join(backbones)}", param="model")
         return backbones[known]
 
     async def open(self, asked: GenerationRequest, record: Record, uploads: list[bytes] | None = None) -> Generation:

@@ -56,7 +56,7 @@ export async function* generate(body, signal) {
 
 async function request(path, options = {}) {
   const headers = { ...options.headers };
-  if (apiKey()) headers.Authorization = `Bearer ${apiKey()}`;
+  if (apiKey()) headers.Authorization = inBytes(`Bearer ${apiKey()}`);
   let response;
   try {
     response = await fetch(path, { ...options, headers });
@@ -66,6 +66,11 @@ async function request(path, options = {}) {
   }
   if (!response.ok) throw await refusal(response);
   return response;
+}
+
+// Headers hold bytes: a key beyond ASCII goes as UTF-8.
+function inBytes(text) {
+  return String.fromCharCode(...new TextEncoder().encode(text));
 }
 
 async function refusal(response) {

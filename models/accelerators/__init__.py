@@ -22,7 +22,7 @@ from models.accelerators.none import NoAcceleration
 from models.accelerators.selective_guidance import SelectiveGuidance
 from models.accelerators.taylorseer import TaylorSeer
 from models.accelerators.teacache import TeaCache
-from models.errors import AcceleratorConflict, RequestError, WrongBackbone
+from models.errors import AcceleratorConflict, RequestError, WrongBackbone, cut
 from models.spec import ModelSpec, RunSpec
 
 REGISTRY: dict[str, type[Accelerator]] = {
@@ -47,7 +47,7 @@ def from_mode(mode: Mapping[str, Any]) -> Accelerator:
     """The accelerator of a mode object, as a profile or a file holds it. Raises a `RequestError` where it is none."""
     accelerator = REGISTRY.get(str(mode.get("mode")))
     if accelerator is None:
-        raise RequestError("acceleration.mode", f"{mode.get('mode')!r} is not one of {', '.join(REGISTRY)}")
+        raise RequestError("acceleration.mode", f"{cut(str(mode.get('mode')))!r} is not one of {', '.join(REGISTRY)}")
     try:
         return accelerator.model_validate(dict(mode))
     except ValidationError as error:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field
 
 from models.accelerators.base import Accelerator
-from models.errors import StudentConflict
+from models.errors import StudentConflict, cut
 from models.reuse.plans import StepPlan
 from models.spec import ModelSpec, RunSpec
 
@@ -30,7 +30,9 @@ class CfgStudent(Accelerator):
             raise StudentConflict("acceleration.adapter", f"name one of the adapters of {model.name} ({known})")
         info = model.adapters.get(name)
         if info is None:
-            raise StudentConflict("acceleration.adapter", f"{model.name} has no adapter {name!r} (registered: {known})")
+            raise StudentConflict(
+                "acceleration.adapter", f"{model.name} has no adapter {cut(name)!r} (registered: {known})"
+            )
         if run.guidance_scale is not None and run.guidance_scale != info.guidance_scale:
             reason = f"the student {name!r} was distilled at {info.guidance_scale:g}, not {run.guidance_scale:g}"
             raise StudentConflict("guidance_scale", reason)

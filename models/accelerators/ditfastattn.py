@@ -9,7 +9,7 @@ from pydantic import Field, InstanceOf, PrivateAttr
 from pydantic.json_schema import SkipJsonSchema
 
 from models.accelerators.base import Accelerator
-from models.errors import GuidanceRequired, PlanMismatch
+from models.errors import GuidanceRequired, PlanMismatch, cut
 from models.networks.sites import attention
 from models.reuse.plans import Recall, Reuse, Shared, StepPlan, Window
 from models.search.attention_plan import Method, Plan
@@ -38,7 +38,9 @@ class DiTFastAttn(Accelerator):
         plan = model.plans.get(self.plan_) if isinstance(self.plan_, str) else self.plan_
         if plan is None:
             known = ", ".join(model.plans) or "none"
-            raise PlanMismatch("acceleration.plan", f"{model.name} has no plan {self.plan_!r} (registered: {known})")
+            raise PlanMismatch(
+                "acceleration.plan", f"{model.name} has no plan {cut(str(self.plan_))!r} (registered: {known})"
+            )
         if plan.shares_guidance and not run.guided:
             raise GuidanceRequired(
                 "acceleration.plan", "the plan shares attention across guidance, which this run has not"

@@ -160,9 +160,10 @@ def test_a_second_signal_does_not_wait(pipeline_dir: Callable[[str], Path], tmp_
             time.sleep(0.02)
         assert process.poll() is None, "the first one waits"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
         thread.join()
-        assert not isinstance(ends[0], httpx.Response) or ends[0].status_code != 200
+        assert isinstance(ends[0], httpx.Response), "everybody is answered"
+        assert (ends[0].status_code, ends[0].json()["error"]["code"]) == (503, "draining")
 
 
 def test_a_model_that_cannot_be_loaded_stops_the_start(tmp_path: Path) -> None:

@@ -243,7 +243,11 @@ async def test_keys(student_of: Student) -> None:
         for key in (None, "Bearer bad", "Bearer ", "Basic good", "good", "Bearer good2", b"Bearer \xc3\xbc\xff"):
             assert await status("/v1/models", key) == 401
         assert await status("/v1/models", "Bearer good") == await status("/v1/models", "bearer better") == 200
-        assert await status("/metrics", None) == await status("/docs", None) == 401
+        assert await status("/metrics", None) == 401
+        described = (await served.client.get("/openapi.json")).json()
+        assert described["security"] == [{"key": []}]
+        assert described["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+        assert await status("/docs", None) == await status("/docs-assets/swagger-ui.css", None) == 200
         assert (
             await status("/health/ready", None) == await status("/", None) == await status("/web/main.js", None) == 200
         )
@@ -252,8 +256,32 @@ async def test_keys(student_of: Student) -> None:
         assert refused.headers["www-authenticate"] == "Bearer"
         assert served.value("requests_total", endpoint="/generate", model="unknown", acceleration="unknown",
                             outcome="unauthorized") == 1  # fmt: skip
-    async with serving({"sd": student_of("sd")}, api_keys=("good",)) as served:
+    async with serving({"sd": student_of("sd")}, api_keys=("good", "ключ")) as served:
         assert (await served.client.get("/metrics")).status_code == 200
+        spelt = {"Authorization": "Bearer ключ".encode()}
+        assert (await served.client.get("/v1/models", headers=cast(Any, spelt))).status_code == 200
+
+
+@aio
+async def test_methods(student_of: Student) -> None:
+    async with serving({"sd": student_of("sd")}) as served:
+        got, headed = await served.client.get("/v1/models"), await served.client.head("/v1/models")
+        assert (headed.status_code, headed.content) == (200, b"")
+        assert headed.headers["content-length"] == got.headers["content-length"] == str(len(got.content))
+        for method, path, allowed in (
+            ("GET", "/generate", "POST"),
+            ("HEAD", "/generate", "POST"),
+            ("POST", "/v1/models", "GET, HEAD"),
+            ("PUT", "/health/live", "GET, HEAD"),
+        ):
+            refused = await served.client.request(method, path)
+            assert (refused.status_code, refused.headers["allow"]) == (405, allowed), (method, path)
+        one = await served.client.get("/v1/models/sd")
+        assert one.json() == got.json()["data"][0]
+        missing = await served.client.get("/v1/models/" + "x" * 5000)
+        error = missing.json()["error"]
+        assert (missing.status_code, error["code"], error["param"]) == (404, "model_not_found", "model_id")
+        assert len(error["message"]) < 300
 
 
 def client_of(served: Served, **options: Any) -> openai.AsyncOpenAI:

@@ -20,7 +20,7 @@ from app import logs
 from app.errors import QueueFull
 from app.http import middleware
 from app.http.middleware import Observe
-from app.logs import REQUESTS, HumanLines, JsonLines, configure
+from app.logs import REQUESTS, Handler, HumanLines, JsonLines, configure
 from app.metrics import Metrics
 from app.settings import Settings
 from tests.serving import aio
@@ -73,8 +73,8 @@ def test_a_human_line_has_the_facts_that_say_something() -> None:
 def test_a_human_line_is_followed_by_the_traceback() -> None:
     first, *rest = HumanLines().format(record(facts={"status": 500}, error=True)).splitlines()
     assert first.endswith("3 of sd status=500")
-    assert rest[0] == "Traceback (most recent call last):"
-    assert rest[-1] == "KeyError: 'lost'"
+    assert rest[0] == "  Traceback (most recent call last):"
+    assert rest[-1] == "  KeyError: 'lost'"
 
 
 @pytest.fixture
@@ -101,6 +101,7 @@ def test_a_log_file_is_added_to_and_takes_all_that_is_grave_enough(tmp_path: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn("odd", stacklevel=1)
+    handler.close()
     handler.stream.close()
     first, *lines = file.read_text().splitlines()
     assert first == "before"
@@ -124,9 +125,10 @@ def test_words_for_a_terminal_and_json_for_machines(
     ends = os.openpty() if terminal else os.pipe()
     with os.fdopen(ends[0], "rb", buffering=0) as out, os.fdopen(ends[1], "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
-        configure(Settings(log_format=form))
+        handler = configure(Settings(log_format=form))
         logs.SERVER.info("here")
         line = out.read(1000).decode()
+        handler.close()
     assert bool(re.fullmatch(r"\d\d:\d\d:\d\d INFO    here\r?\n", line)) == human
     assert line.startswith('{"time": ') != human
 
@@ -271,3 +273,45 @@ async def test_behind_a_prefix_routes_are_counted_by_their_own_path(monkeypatch:
     assert next(iter(watched.counted())) == "requests_total /generate unknown unknown ok"
     assert sum(value for name, value in watched.counted().items() if name.startswith("requests_total")) == 1
     assert [facts["path"] for *_, facts in watched.lines] == ["/images/generate", "/imagesgenerate"]
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_log_that_nobody_reads_holds_nobody_up_and_says_later_what_was_lost() -> None:
+    out, into = os.pipe()
+    with os.fdopen(out, "rb", buffering=0) as reader, os.fdopen(into, "w") as stream:
+        handler = Handler(stream, capacity=10)
+        handler.setFormatter(JsonLines())
+        for i in range(200):
+            handler.handle(logging.LogRecord("x", logging.INFO, "", 0, f"{i} {'x' * 2000}", (), None))
+        lost = handler.lost
+        assert lost > 100, "a pipe takes 64 KiB, the queue ten lines"
+        kept = 200 - lost
+        text = b""
+        while text.count(b"\n") < kept + 1:
+            text += reader.read(100_000)
+        lines = [json.loads(line)["message"] for line in text.decode().splitlines()]
+        said = [line for line in lines if "lost" in line]
+        assert said == [f"{lost} log lines were lost: nobody took them in time"]
+        assert [line.split()[0] for line in lines if line not in said] == [str(i) for i in range(kept)]
+        handler.close()
+
+
+def test_a_human_line_obeys_nobody() -> None:
+    line = HumanLines().format(record(facts={"path": "/a\n12:00:00 INFO forged", "model": "\x1b[2J\u202e"}))
+    assert line.endswith("3 of sd path=/a\\n12:00:00 INFO forged model=\\x1b[2J\\u202e")
+    one = record()
+    try:
+        raise KeyError("a\nb\x1bc")
+    except KeyError:
+        one.exc_info = sys.exc_info()
+    one.msg, one.args = "first\nsecond", ()
+    head, *trace = HumanLines().format(one).split("\n")
+    assert head.endswith("first\\nsecond")
+    assert all(part.startswith("  ") and part.isprintable() for part in trace)
+
+
+def test_lines_are_bounded() -> None:
+    one = record()
+    one.msg, one.args = "x" * 10**6, ()
+    assert len(JsonLines().format(one)) < 20_000
+    assert len(HumanLines().format(one)) < 20_000

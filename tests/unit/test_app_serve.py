@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 from fastapi import FastAPI
 
 from app import serve
-from app.serve import Server
+from app.http.intake import Bodies
+from app.metrics import Metrics
+from app.serve import CUT_SECONDS, Server
 from app.settings import Settings
 
 
@@ -80,7 +83,8 @@ def said() -> Iterator[list[str]]:
 
 def server_of(engine: FakeEngine, address: tuple[Any, ...] = ("127.0.0.1", 8123), **settings: Any) -> Server:
     app = FastAPI()
-    app.state.engine = engine
+    app.state.engine, app.state.metrics = engine, Metrics()
+    app.state.bodies = Bodies(1, app.state.metrics.body_bytes)
     server = Server(app, Settings(**settings))
     sockets = [SimpleNamespace(getsockname=lambda: address)]
     server.servers = [SimpleNamespace(sockets=sockets)]  # type: ignore[list-item]
@@ -153,8 +157,12 @@ def test_the_second_signal_ends_at_once() -> None:
     term(server)
     assert not ends(server)
     server.handle_exit(signal.SIGINT, None)
-    assert (server.should_exit, server.force_exit) == (True, True)
     assert ends(server)
+    assert (server.exit_code, server.force_exit) == (128 + signal.SIGINT, False)
+    assert engine.asked[-1] == "close 1", "everybody is answered"
+    assert server.config.timeout_graceful_shutdown == CUT_SECONDS
+    server.handle_exit(signal.SIGINT, None)
+    assert server.force_exit, "the third does not even wait for answers to be sent"
 
 
 @pytest.mark.parametrize("drains", [False, True])
@@ -213,11 +221,12 @@ def test_the_exit_code(
 ) -> None:
     app = FastAPI()
     configured: list[Settings] = []
-    app.state.engine = FakeEngine()
+    app.state.engine, app.state.metrics = FakeEngine(), Metrics()
+    app.state.bodies = Bodies(1, app.state.metrics.body_bytes)
     app.state.engine.failure = failure
-    settings = Settings()
+    settings = Settings(port=0)
 
-    def run(self: Server) -> None:
+    def run(self: Server, sockets: list[socket.socket]) -> None:
         self.started, self.exit_code = started, exit_code
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

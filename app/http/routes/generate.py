@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Request
@@ -20,6 +21,7 @@ from app.http.schemas.requests import GenerationRequest, OutputFormat
 from app.http.schemas.responses import GenerationBody
 
 router = APIRouter(tags=["generate"], route_class=BodyRoute)
+QUALITY_VALUE = re.compile(r"[01](\.\d{0,3})?")
 IMAGE = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -60,17 +62,19 @@ async def generate(
 
 
 def image_format(accept: str, default: OutputFormat) -> OutputFormat | None:
-    """The image format that an Accept header prefers; None where JSON will do."""
+    """The image format that an Accept header prefers; None where JSON will do. Of equals, the first."""
+    formats: dict[str, OutputFormat | None] = {media: name for name, media in MEDIA_TYPES.items()}
+    formats |= {"image/*": default, "application/json": None, "application/*": None, "*/*": None}
+    wanted = [(quality, formats[media]) for media, quality in _ranges(accept) if media in formats and quality > 0]
+    return max(wanted, key=lambda one: one[0])[1] if wanted else None
+
+
+def _ranges(accept: str) -> Iterator[tuple[str, float]]:
+    """The media ranges of an Accept header with their q values; a q that is no number counts as 1."""
     for part in accept.lower().split(","):
-        media = part.partition(";")[0].strip()
-        if media in ("*/*", "application/json", "application/*"):
-            return None
-        if media == "image/*":
-            return default
-        for name, known in MEDIA_TYPES.items():
-            if media == known:
-                return name
-    return None
+        media, *parameters = (piece.strip() for piece in part.split(";"))
+        quality = next((value for name, _, value in (p.partition("=") for p in parameters) if name.strip() == "q"), "1")
+        yield media, float(quality) if QUALITY_VALUE.fullmatch(quality.strip()) else 1.0
 
 
 async def as_json(generation: Generation) -> Response:

@@ -11,7 +11,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import FileResponse, Response
 
 from app.engine.engine import Engine
-from app.errors import EngineDead
+from app.errors import EngineDead, ModelNotFound
 from app.http.problems import RESPONSES
 from app.http.routes.common import service_of
 from app.http.schemas.responses import (
@@ -26,12 +26,14 @@ from app.http.schemas.responses import (
     PlanBody,
 )
 from models.accelerators import REGISTRY, Auto
+from models.errors import cut
 from models.profiles import Profile
 from models.profiles.choice import LOSSES, choose, promises
 from models.spec import ModelSpec
 
 WEB = Path(__file__).parents[2] / "web"
 UNREADY: dict[int | str, dict[str, Any]] = {503: RESPONSES[503]}
+NO_MODEL: dict[int | str, dict[str, Any]] = {404: RESPONSES[404]}
 
 router = APIRouter()
 
@@ -43,6 +45,17 @@ async def list_models(request: Request) -> ModelsBody:
     created = int(request.app.state.created)
     data = [model_body(name, i == 0, created, engine) for i, name in enumerate(engine.backbones)]
     return ModelsBody(data=data, jobs=request.app.state.jobs is not None)
+
+
+@router.get("/v1/models/{model_id}", tags=["models"], responses=UNREADY | NO_MODEL, summary="One model")
+async def one_model(request: Request, model_id: str) -> ModelBody:
+    """One of the models, as the list has it."""
+    engine = _loaded(request)
+    if model_id not in engine.backbones:
+        known = ", ".join(engine.backbones)
+        raise ModelNotFound(f"model_id: {cut(model_id)!r} is not served; one of {known}", param="model_id")
+    default = model_id == next(iter(engine.backbones))
+    return model_body(model_id, default, int(request.app.state.created), engine)
 
 
 @router.get("/accelerators", tags=["models"], responses=UNREADY, summary="The accelerators")

@@ -24,6 +24,7 @@ from app.http.routes.common import respond, service_of
 from app.http.routes.generate import events
 from app.http.schemas.requests import ImagesRequest
 from app.http.schemas.responses import ImagesBody
+from models.errors import cut
 
 router = APIRouter(prefix="/v1/images", tags=["openai"], route_class=BodyRoute)
 
@@ -98,7 +99,7 @@ async def read_form(request: Request) -> tuple[dict[str, Any], list[bytes]]:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 if name not in ("image", "image[]") or picture is not None:
-                    raise Impossible(f"{name}: one file is taken, as image", param=name)
+                    raise Impossible(f"{cut(name)}: one file is taken, as image", param=name)
                 picture = await value.read()
             else:
                 _place(fields, name, value)
@@ -114,9 +115,9 @@ def _place(fields: dict[str, Any], name: str, value: str) -> None:
     for part in path[:-1]:
         inner = inner.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise Impossible(f"{path[0]}: is given in two ways", param=path[0])
+            raise Impossible(f"{cut(path[0])}: is given in two ways", param=path[0])
     if path[-1] in inner:
-        raise Impossible(f"{path[0]}: is given twice", param=path[0])
+        raise Impossible(f"{cut(path[0])}: is given twice", param=path[0])
     inner[path[-1]] = value if path[0] in TEXT_FIELDS else _json(value)
 
 

@@ -55,7 +55,7 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 2**16)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 2)]
 
 EXAMPLE: dict[str, Any] = {
     "prompt": "a large red circle above a small blue square on a white background",
