@@ -82,9 +82,9 @@ class Target:
 
     def stop(self, *signals: int, seconds: float = 60.0) -> int:
         """Send signals, each when the one before has been noticed; the exit code, negative for a signal that killed."""
-        for number in signals:
+        for i, number in enumerate(signals, 1):
             self.process.send_signal(number)
-            if number is not signals[-1]:
+            if i < len(signals):
                 self.until(lambda: httpx.get(f"{self.url}/health/ready").status_code != 200)
         return self.process.wait(seconds)
 

@@ -1,4 +1,7 @@
-"""The README names all there is: accelerators, settings, routes, metrics, error codes, commands. Its code runs."""
+"""The README names all there is: accelerators, settings, routes, metrics, error codes, commands. Its code runs.
+
+The operator's table of limits has every one of them.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,9 @@ from models.accelerators import REGISTRY
 from models.errors import RequestError
 from models.solvers.names import REGISTRY as SCHEDULERS
 
+OPERATIONS = (Path(__file__).parents[2] / "deploy" / "docs" / "operations.md").read_text()
+ROW = re.compile(r"^\| `(\w+)` \| (\S+) \| (.+) \|$", re.MULTILINE)
+LIMITS = re.compile(r"^(max_\w+|\w+_seconds|decode_chunk)$")
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
@@ -70,3 +76,16 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [example] = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "from models import" in code]
     exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "ring.png").stat().st_size > 100
+
+
+def table() -> dict[str, tuple[str, str]]:
+    """The rows of the security section's table: a setting's default and its reason."""
+    section = OPERATIONS.partition("## Security\n")[2].partition("\n## ")[0]
+    return {name: (default, reason) for name, default, reason in ROW.findall(section)}
+
+
+def test_every_limit_is_in_the_table_with_its_default_and_a_reason() -> None:
+    limits = {name: str(info.default) for name, info in Settings.model_fields.items() if LIMITS.match(name)}
+    assert len(limits) >= 16
+    assert {name: default for name, (default, _) in table().items()} == limits
+    assert all(len(reason.split()) >= 3 for _, reason in table().values())
