@@ -46,6 +46,7 @@ WANTED = {
     "body_bytes": ("gauge", ""),
     "connections": ("gauge", ""),
     "connections_dropped": ("counter", "cause"),
+    "waiting_bytes": ("gauge", ""),
     "requests_rejected": ("counter", "reason"),
     "requests_cancelled": ("counter", "cause"),
     "prompt_cache_bytes": ("gauge", ""),
