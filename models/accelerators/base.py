@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -41,6 +41,11 @@ class Accelerator(BaseModel):
     def unguided(self) -> bool:
         """Whether the whole run has conditional rows only."""
         return False
+
+
+def as_tuple(value: Any) -> Any:
+    """JSON has lists where these frozen values have tuples, and requests are read strictly."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def check_site(accelerator: Accelerator, model: ModelSpec, site: Site, reuse: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from models.accelerators.base import Accelerator
+from models.accelerators.base import Accelerator, as_tuple
 from models.errors import NoProfile, OutOfRange
 from models.profiles.profile import Schedule
 from models.reuse.plans import Recall, StepPlan
@@ -42,6 +42,7 @@ class Forecast(Accelerator):
     )
     warmup: int = Field(1, ge=1, le=1000, description="First steps that are always computed.")
     _found: Schedule | None = PrivateAttr(None)
+    _listed = field_validator("steps", mode="before")(as_tuple)
 
     claims: ClassVar[frozenset[str]] = frozenset({"output"})
     title: ClassVar[str] = (

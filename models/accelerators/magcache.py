@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 
-from models.accelerators.base import Accelerator
+from models.accelerators.base import Accelerator, as_tuple
 from models.accelerators.fitted import fitted
 from models.networks.sites import blocks
 from models.reuse.plans import Recall, StepPlan
@@ -33,6 +33,7 @@ class MagCache(Accelerator):
     ratios: tuple[Ratio, ...] | None = Field(
         None, min_length=1, max_length=1000, description="Of magnitudes, one a step; default the model's profile's."
     )
+    _listed = field_validator("ratios", mode="before")(as_tuple)
     _depth: int = PrivateAttr(0)
 
     families: ClassVar[tuple[Family, ...]] = ("dit",)

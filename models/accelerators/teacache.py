@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 
-from models.accelerators.base import check_site
+from models.accelerators.base import as_tuple, check_site
 from models.accelerators.fitted import fitted
 from models.accelerators.gated import GatedCache
 from models.networks.sites import blocks
@@ -33,6 +33,7 @@ class TeaCache(GatedCache):
         max_length=8,
         description="Of the polynomial, highest power first; default those of the model's profile.",
     )
+    _listed = field_validator("coefficients", mode="before")(as_tuple)
     _depth: int = PrivateAttr(0)
 
     families: ClassVar[tuple[Family, ...]] = ("dit",)
