@@ -57,7 +57,10 @@ Turn = tuple[float, float, int, Hashable, T]
 LOOKAHEAD = 256
 """How many waiting items of a share in a group a tick looks at, and how many of a group it asks to start."""
 AHEAD = 2
-"""Nobody begins where so many ticks' rows have begun: what small requests pass holds memory meanwhile."""
+"""Nobody begins where as many requests have begun as so many ticks have rows: what is passed holds memory meanwhile.
+
+Requests are counted and not their rows: one of many images may fill several ticks, and would shut others out.
+"""
 
 
 class Entry(NamedTuple):
@@ -191,7 +194,8 @@ class Batcher(Generic[T, H]):
         tick: list[T] = []
         lines, room = self._groups[group], self._max_rows(group)
         begun = {entry.item for line in lines.values() for entry in line.begun}
-        ahead = AHEAD * room - sum(item.num_rows for item in begun)
+        running = {item.request for item in begun}
+        most = AHEAD * room
         asked = 0
         queues: dict[Hashable, Iterator[Entry]] = {}
         while turns and room > 0:
@@ -201,10 +205,10 @@ class Batcher(Generic[T, H]):
                 fresh = item not in begun
                 if fresh:
                     asked += 1
-                if not fresh or (ahead > 0 and asked <= LOOKAHEAD and admit(item)):
+                if not fresh or (len(running) < most and asked <= LOOKAHEAD and admit(item)):
                     tick.append(item)
                     room -= rows
-                    ahead -= rows * fresh
+                    running.add(item.request)
                     account = self._accounts[share]
                     if len(tick) == 1:
                         self._served = max(self._served, account.served)

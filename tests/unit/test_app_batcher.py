@@ -202,7 +202,7 @@ def test_a_tick_is_filled_whoever_is_first() -> None:
 
 
 def test_what_may_begin_ahead_of_what_has_begun_is_bounded() -> None:
-    """Ever smaller requests pass those that have begun, until two ticks' rows have."""
+    """Ever smaller requests pass those that have begun, until as many have as two ticks have rows."""
     batcher = make(cap=4)
     begun = 0
     for work in range(10_000, 0, -100):
@@ -211,7 +211,16 @@ def test_what_may_begin_ahead_of_what_has_begun_is_bounded() -> None:
             if image not in begun_of(batcher):
                 batcher.begin(image)
         begun = len(begun_of(batcher))
-    assert begun == 4, "of two rows each"
+    assert begun == 8
+
+
+def test_a_small_request_begins_beside_one_whose_images_fill_many_ticks() -> None:
+    large = [Image(f"L.{i}", work=5000) for i in range(10)]
+    batcher = make(*large, cap=4)
+    for image in large:  # all images of a request begin together
+        batcher.begin(image)
+    batcher.add(small := Image("s", work=10))
+    assert small in batcher.next()
 
 
 @pytest.mark.parametrize(
