@@ -11,11 +11,11 @@ from models.device import set_threads
 from models.request import Run
 
 Count = Future[UsageBody]
-COUNT_SECONDS, FEW_COUNTS = 2.0, 4
+COUNT_SECONDS, FEW_COUNTS = 2.0, 128
 """What an answer waits at most for the count of its MACs, and how many may be to be made then.
 
-A size and plan is counted once, in about 0.2 s, mostly while its first request is computed. Where requests bring more
-of them than that their answers have no MACs, and nobody waits.
+A size and plan is counted once, in about 0.2 s, mostly while its first request is computed; after that it is looked up.
+Where more than so many wait their answers have no MACs, and nobody waits.
 """
 
 
