@@ -15,14 +15,15 @@ from PIL import Image
 
 from app.engine.job import Queued
 from app.errors import DeadlineExceeded, QueueFull
-from app.http import service
-from app.http.counting import FEW_COUNTS
+from app.http import counting, service
 from app.http.generation import Generation
 from app.http.pool import THREADS
 from app.http.record import Record
 from app.http.routes.body import BodyRequest
 from app.http.schemas.requests import GenerationRequest
 from app.http.waiting import REQUEST_BYTES, Pixels, Waiting
+from models.costs.usage import Usage
+from models.request import Run
 from tests.faked import Faked, faked
 from tests.serving import aio, until
 
@@ -177,17 +178,29 @@ async def test_a_deadline_runs_from_the_arrival_and_covers_the_wait_for_a_worker
 
 
 @aio
-async def test_an_answer_does_not_wait_for_counts_where_many_are_to_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_waits_for_no_count_but_the_one_that_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     async with faked(monkeypatch) as served:
-        free = threading.Event()
-        monkeypatch.setattr(service, "usage", lambda backbone, run, ran: free.wait(20.0))
+        free, made = threading.Event(), list[int]()
+
+        def usage(backbone: object, run: Run, ran: object) -> Usage:
+            made.append(run.num_inference_steps)
+            free.wait(20.0)
+            return Usage(len(run.steps), run.num_rows, 1, 2, run.evaluations)
+
+        monkeypatch.setattr(service, "usage", usage)
         script, served.engine.script = served.engine.script, [Queued(0)]
-        others = [await opened(served) for _ in range(FEW_COUNTS)]
+        others = [await opened(served) for _ in range(3)]
         served.engine.script = script
-        answer = await served.post(num_inference_steps=7, guidance_scale=1.0)
+        asking = asyncio.ensure_future(served.post(num_inference_steps=7, guidance_scale=1.0))
+        await asyncio.wait({asking}, timeout=0.5)
+        assert not asking.done()
+        monkeypatch.setattr(counting, "COUNT_SECONDS", 0.05)
+        answer = await served.post(num_inference_steps=6, guidance_scale=1.0)
         assert answer.status_code == 200
-        counted = {"steps": 7, "evaluations": 7, "rows": 7}
+        counted = {"steps": 6, "evaluations": 6, "rows": 6}
         assert answer.json()["usage"] == counted | {"macs": None, "macs_unaccelerated": None}
         free.set()
+        assert (await asking).json()["usage"]["macs"] == 1
+        assert 7 in made[1:3]
         for generation in others:
             generation.leave()
