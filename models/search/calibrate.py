@@ -8,7 +8,7 @@ the converged one of the same seed (`models.search.measuring`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as File
 
@@ -20,10 +20,20 @@ from models.profiles import Likeness, Profile, Schedule, pareto
 from models.quality.judge import Judge
 from models.request import Request, Run, digest
 from models.resolve import least_request, resolve
+from models.search.fitting import can_fit, fit
 from models.search.kept import Kept
 from models.search.masks import Path
 from models.search.measuring import CHUNK, Measuring, Scores, beats, candidate
-from models.search.proposals import FINER, Proposal, caches, even_forecasts, searched_forecasts, solvers
+from models.search.proposals import (
+    FINER,
+    SOLVERS,
+    Proposal,
+    caches,
+    even_forecasts,
+    searched_forecasts,
+    solvers,
+    under,
+)
 from models.search.recording import record
 from models.solvers.probe import NotLinear
 from models.solvers.tables import table
@@ -88,19 +98,18 @@ def calibrate(
     measuring.converged = kept.pictures("converged", lambda: measuring.draw(Proposal("converged", *reference))[0])
     work.says("plain")
     measuring.plain = kept.pictures("plain", lambda: measuring.draw(plain)[0])
-    schedules = {
-        grid: resolve(spec, backbone.scheduler_config, least_request(spec, **common, num_inference_steps=grid)).schedule
-        for grid in (run.num_inference_steps * finer for finer in FINER)
-    }
-    lengths = {grid: len(schedule.timesteps) for grid, schedule in schedules.items()}
     work.says("searching")
+    grids = [run.num_inference_steps * finer for finer in FINER]
+    found = kept.fit(lambda: fit(backbone, requests[:fitted][:CHUNK])) if can_fit(backbone) else None
     proposals = [
         plain,
         *solvers(spec, run.scheduler, len(run.steps)),
-        *even_forecasts(run.scheduler, len(run.steps), lengths),
-        *searched_forecasts(run.scheduler, len(run.steps), schedules, path),
-        *caches(spec, run.scheduler, run.num_inference_steps),
+        *_forecasts(backbone, run, run.scheduler, grids, path),
+        *caches(spec, run.scheduler, run.num_inference_steps, found),
     ]
+    for solver in SOLVERS[:1]:
+        if solver != run.scheduler and solver in spec.schedulers:
+            proposals += [under(solver, one) for one in _forecasts(backbone, run, solver, grids, path)]
     proposals = list({proposal.name: proposal for proposal in proposals}.values())
     scores = work.measure(proposals)
     lines = [candidate(one, scores[one.name], scores[plain.name].seconds) for one in proposals]
@@ -121,8 +130,24 @@ def calibrate(
         plain=lines[0],
         candidates=tuple(lines[1:]),
         fronts={to: tuple(one.name for one in pareto(lines, to)) for to in wanted},
-        schedules=_chosen(proposals, scores, run.num_inference_steps),
+        schedules=_chosen(proposals, scores, run),
+        mag_ratios=() if found is None else found.mag_ratios,
+        tea_coefficients=() if found is None else found.tea_coefficients,
     )
+
+
+def _forecasts(backbone: Backbone, run: Run, scheduler: str, grids: Sequence[int], path: Path) -> Iterator[Proposal]:
+    """Forecasts under a solver, of as many evaluations as are tried for this run, on some numbers of steps."""
+    size = {"scheduler": scheduler, "width": run.width, "height": run.height}
+    schedules = {
+        grid: resolve(
+            backbone.spec, backbone.scheduler_config, least_request(backbone.spec, **size, num_inference_steps=grid)
+        ).schedule
+        for grid in grids
+    }
+    lengths = {grid: len(schedule.timesteps) for grid, schedule in schedules.items()}
+    yield from even_forecasts(scheduler, len(run.steps), lengths)
+    yield from searched_forecasts(scheduler, len(run.steps), schedules, path)
 
 
 def _check(backbone: Backbone, prompts: Sequence[str], run: Run) -> None:
@@ -148,22 +173,23 @@ def _recorded(backbone: Backbone, requests: Sequence[Request], reference: tuple[
     return replace(paths[0], gram=sum(grams[1:], grams[0]) / len(wanted))
 
 
-def _chosen(proposals: Sequence[Proposal], scores: Mapping[str, Scores], steps: int) -> dict[str, Schedule]:
-    """For each number of evaluations on each grid the schedule to take: the even one, unless another beats it.
+def _chosen(proposals: Sequence[Proposal], scores: Mapping[str, Scores], run: Run) -> dict[str, Schedule]:
+    """For each number of evaluations on each grid of the run's solver the schedule to take: the even one, unless
+    another beats it.
 
     On the plain run's own grid by likeness to the plain picture, on finer ones to the converged one.
     """
-    groups: dict[tuple[int, int], list[Proposal]] = {}
+    groups: dict[tuple[str, int, int], list[Proposal]] = {}
     for proposal in proposals:
-        if proposal.group is not None:
+        if proposal.group is not None and proposal.scheduler == run.scheduler:
             groups.setdefault(proposal.group, []).append(proposal)
 
     def values(proposal: Proposal) -> Sequence[float]:
         own = scores[proposal.name]
-        return own.to_plain if proposal.num_inference_steps == steps else own.to_converged
+        return own.to_plain if proposal.num_inference_steps == run.num_inference_steps else own.to_converged
 
     found = {}
-    for (count, length), members in groups.items():
+    for (_, count, length), members in groups.items():
         even = max((one for one in members if one.even), key=lambda one: sum(values(one)))
         best = max(members, key=lambda one: sum(values(one)))
         winner = best if beats(values(best), values(even)) else even

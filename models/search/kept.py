@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from models.errors import RequestError
+from models.search.fitting import Fit
 from models.search.masks import Path
 from models.search.measuring import Scores
 
@@ -53,6 +54,11 @@ class Kept:
         """The recorded path, made where it is not here yet."""
         found = self._arrays("path", lambda: vars(make()))
         return Path(**found)
+
+    def fit(self, make: Callable[[], Fit]) -> Fit:
+        """What was fitted, fitted where it is not here yet."""
+        found = self._arrays("fit", lambda: {name: np.array(value) for name, value in vars(make()).items()})
+        return Fit(**{name: tuple(map(float, values)) for name, values in found.items()})
 
     def pictures(self, name: str, make: Callable[[], Sequence[Image.Image]]) -> list[Image.Image]:
         """Pictures of this name, drawn where they are not here yet."""

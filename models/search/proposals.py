@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from models.accelerators import Accelerator, CfgStudent, DeepCache, DeltaDiT, Forecast
+from models.accelerators import (
+    Accelerator,
+    AdaptiveDeepCache,
+    CfgStudent,
+    DeepCache,
+    DeltaDiT,
+    FirstBlockCache,
+    Forecast,
+    MagCache,
+    TaylorSeer,
+    TeaCache,
+)
 from models.accelerators.forecast import spread
+from models.search.fitting import Fit
 from models.search.masks import Grid, Path
 from models.solvers.names import NoiseSchedule
 from models.spec import ModelSpec
@@ -17,19 +29,19 @@ SHARES = (0.52, 0.4, 0.32)
 """Evaluations tried, as shares of the plain run's: 13, 10 and 8 of 25."""
 FINER = (1, 2)
 """Grids of forecasts: so many times the plain run's steps."""
-MOST_STEPS = {1: 30, 2: 30, 3: 0}
-"""Steps up to which the dynamic programme of an order takes seconds; beyond, masks are refined from even ones."""
+MOST_STEPS = {1: 60, 2: 30}
+"""Steps up to which the dynamic programme of an order takes seconds."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A run to measure. `group` is shared by forecasts that compete: as many evaluations on one grid."""
+    """A run to measure. `group` is shared by forecasts that compete: as many evaluations of one solver on one grid."""
 
     name: str
     scheduler: str
     num_inference_steps: int
     acceleration: tuple[Accelerator, ...] = ()
-    group: tuple[int, int] | None = None
+    group: tuple[str, int, int] | None = None
     even: bool = False
 
 
@@ -57,27 +69,30 @@ def even_forecasts(scheduler: str, steps: int, lengths: dict[int, int]) -> Itera
 def searched_forecasts(
     scheduler: str, steps: int, schedules: dict[int, NoiseSchedule], path: Path
 ) -> Iterator[Proposal]:
-    """Forecasts by the masks that the recorded path proposes: the dynamic programme's, and those refined from it."""
+    """Forecasts by the masks that the dynamic programme finds along the recorded path."""
     for grid, schedule in schedules.items():
-        for order in (1, 3) if grid > steps else (1, 2):
+        for order, most in MOST_STEPS.items():
             search = Grid(schedule, path, order)
-            best = search.best(max(counts(steps))) if search.steps <= MOST_STEPS[order] else {}
+            if search.steps > most:
+                continue
+            best = search.best(max(counts(steps)))
             for count in counts(steps):
-                even = tuple(sorted(spread(count, search.steps)))
-                starts = [even] + ([best[count]] if count in best else [])
-                refined = min((search.refined(mask) for mask in starts), key=search.error)
-                for mask, kind in {refined: "refined", best.get(count, refined): "best"}.items():
-                    if mask != even or order > 2:
-                        forecast = Forecast(steps=mask, order=order)
-                        yield _forecast(scheduler, grid, search.steps, forecast, mask, kind)
+                if count in best and best[count] != tuple(sorted(spread(count, search.steps))):
+                    forecast = Forecast(steps=best[count], order=order)
+                    yield _forecast(scheduler, grid, search.steps, forecast, best[count], "best")
 
 
 def _forecast(scheduler: str, grid: int, length: int, forecast: Forecast, mask: Sequence[int], kind: str) -> Proposal:
     name = f"forecast-{len(mask)}of{length}-{kind}-o{forecast.order}"
-    return Proposal(name, scheduler, grid, (forecast,), (len(mask), length), kind == "even")
+    return Proposal(name, scheduler, grid, (forecast,), (scheduler, len(mask), length), kind == "even")
 
 
-def caches(spec: ModelSpec, scheduler: str, steps: int) -> Iterator[Proposal]:
+def under(solver: str, proposal: Proposal) -> Proposal:
+    """A proposal of another solver than the profile's own, by a name that says so."""
+    return replace(proposal, name=f"{solver}-{proposal.name}")
+
+
+def caches(spec: ModelSpec, scheduler: str, steps: int, fit: Fit | None) -> Iterator[Proposal]:
     """Every cache that suits the model, at a few settings, and the students, alone and under a forecast."""
     found: dict[str, tuple[Accelerator, ...]] = {}
     for interval in (2, 3):
@@ -86,6 +101,14 @@ def caches(spec: ModelSpec, scheduler: str, steps: int) -> Iterator[Proposal]:
                 found[f"deepcache-{interval}-o{order}"] = (DeepCache(interval=interval, order=order),)
             elif spec.depth > 1:
                 found[f"delta_dit-{interval}-o{order}"] = (DeltaDiT(interval=interval, order=order),)
+    if spec.family == "unet":
+        found["adaptive_deepcache-o1"] = (AdaptiveDeepCache(order=1),)
+    elif spec.depth > 1:
+        found["taylorseer-3"] = (TaylorSeer(interval=3),)
+        found["first_block_cache-o1"] = (FirstBlockCache(order=1),)
+    if fit is not None:
+        found["magcache-o1"] = (MagCache(ratios=fit.mag_ratios, order=1),)
+        found["teacache-o1"] = (TeaCache(coefficients=fit.tea_coefficients, order=1),)
     for adapter in spec.adapters:
         student = CfgStudent(adapter=adapter)
         found[f"student-{adapter}"] = (student,)

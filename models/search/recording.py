@@ -13,9 +13,8 @@ from models.denoise import Tick
 from models.generate import start
 from models.request import Request
 from models.resolve import resolve
-from models.search.masks import Path, samples
+from models.search.masks import Path
 from models.solvers.exact import combine
-from models.solvers.tables import table
 from models.trajectory import Trajectory
 
 
@@ -25,8 +24,7 @@ def record(
 ) -> tuple[Path, Tensor]:
     """Run plain requests, alike in all but prompt and seed: their path, and the last latents [pictures, c, h, w].
 
-    `tick` is called after every step. Held meanwhile: steps + 2 latents a picture. Raises `NotLinear` for a scheduler
-    that no table describes.
+    `tick` is called after every step. Held meanwhile: steps + 2 latents a picture.
     """
     runs = [resolve(backbone.spec, backbone.scheduler_config, request) for request in requests]
     schedule = runs[0].schedule
@@ -39,7 +37,7 @@ def record(
     last = torch.cat([t.latents for t in trajectories])
     vectors = torch.stack([*predictions, first, last]).double().flatten(1).cpu().numpy()
     gram = vectors @ vectors.T / vectors.shape[1]
-    return Path(np.array(schedule.times, dtype=np.float64), gram, samples(table(schedule))), last
+    return Path(np.array(schedule.times, dtype=np.float64), gram), last
 
 
 def _step(backbone: Backbone, trajectories: Sequence[Trajectory]) -> Tensor:

@@ -20,7 +20,7 @@ from models.accelerators import Forecast, from_mode
 from models.errors import RequestError
 from models.loading import BUNDLED
 from models.resolve import least_request, resolve
-from models.search.masks import Grid, samples
+from models.search.masks import Grid, influence
 from models.search.masks import Path as Recorded
 from models.search.recording import record
 from models.solvers.tables import table
@@ -35,7 +35,7 @@ def grid_of(backbone: Backbone, steps: int, order: int, vectors: np.ndarray[Any,
     schedule = resolve(backbone.spec, backbone.scheduler_config, request).schedule
     if vectors is None:
         vectors = np.random.default_rng(steps + order).standard_normal((steps + 2, 20))
-    return Grid(schedule, Recorded(np.array(schedule.times), vectors @ vectors.T, samples(table(schedule))), order)
+    return Grid(schedule, Recorded(np.array(schedule.times), vectors @ vectors.T), order)
 
 
 @pytest.mark.parametrize(("steps", "order"), [(7, 0), (8, 1), (8, 2), (7, 3)])
@@ -66,17 +66,17 @@ def test_a_polynomial_is_foretold_exactly(backbone_of: BackboneOf) -> None:
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpmpp_2m", "unipc"])
 def test_a_recorded_run_is_made_of_its_predictions(scheduler: str, backbone_of: BackboneOf) -> None:
-    """With every step computed the last latents are the recorded ones; masks only get better by moving."""
+    """The last latents are the first ones and the predictions, each by its influence."""
     backbone = backbone_of("sd", torch.float64)
     requests = [Request(prompt=p, seed=i, num_inference_steps=6, scheduler=scheduler) for i, p in enumerate(PROMPTS)]
     path, last = record(backbone, requests)
     plain = torch.cat([result.latents for result in generate(backbone, requests)])
     assert torch.equal(last, plain)
     schedule = resolve(backbone.spec, backbone.scheduler_config, requests[0]).schedule
-    grid = Grid(schedule, path, order=1)
-    assert grid.error(tuple(range(6))) < 1e-9 * path.gram[-1, -1]
-    mask = (0, 1, 3, 5)
-    assert grid.error(grid.refined(mask)) <= grid.error(mask)
+    first, weights = influence(table(schedule))
+    off = np.array([*weights, first, -1.0])
+    assert off @ path.gram @ off < 1e-9 * path.gram[-1, -1]
+    assert off[1:] @ path.gram[1:, 1:] @ off[1:] > 1e-9 * path.gram[-1, -1]
 
 
 def run(backbone: Backbone, **options: Any) -> Profile:
