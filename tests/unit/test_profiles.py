@@ -13,10 +13,12 @@ import pytest
 from models import Profile, load
 from models.accelerators import Forecast
 from models.errors import ModelLoadError, NoProfile
+from models.loading import BUNDLED
 from models.profiles import Candidate, Measure, nearest, pareto
 from models.profiles.profile import MAX_BYTES
 from models.reuse.plans import Recall
 from models.reuse.sites import OUTPUT
+from models.shapes.validation import held_out_captions
 from models.spec import ModelSpec, RunSpec
 from tests.unit.specs import dit_spec, run_spec
 
@@ -205,3 +207,18 @@ def test_a_schedule_is_for_its_runs_alone(run: RunSpec, name: str, reason: str) 
     with pytest.raises(NoProfile, match=reason) as caught:
         Forecast(schedule=name).bind(scheduled(), run)
     assert caught.value.field == "acceleration.schedule"
+
+
+@pytest.mark.parametrize("model", ["shapes-sd", "shapes-dit"])
+def test_the_bundled_models_have_profiles_of_other_captions_than_they_are_judged_by(model: str) -> None:
+    spec = load(model, device="cpu", dtype="float32").spec  # checks the network's hash, and that the fronts are fronts
+    assert {"ddim-25", "dpmpp_2m-25"} >= set(spec.profiles) >= {"ddim-25"}
+    for name, profile in spec.profiles.items():
+        assert (BUNDLED / model / "profiles" / f"{name}.json").stat().st_size < 100_000
+        assert name == f"{profile.scheduler}-{profile.num_inference_steps}"
+        assert (profile.width, profile.height, profile.guidance_scale) == (64, 64, spec.default_guidance_scale)
+        assert not set(profile.captions) & set(held_out_captions(64))
+        assert {"unipc-13", "unipc-10", "unipc-8"} < profile.by_name.keys()
+        assert len(profile.mag_ratios) == (profile.num_inference_steps if spec.family == "dit" else 0)
+        for schedule in profile.schedules.values():
+            assert len(schedule.steps) in (13, 10, 8)
