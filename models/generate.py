@@ -122,7 +122,7 @@ def _first_latents(
     else:
         noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     if clean is None:
-        return noise * scheduler.init_noise_sigma  # type: ignore[no-any-return]
+        return noise * getattr(scheduler, "init_noise_sigma", 1.0)
     signal, sigma = _mixture(scheduler, run.schedule.timesteps[:1], dtype) if solver is None else solver.add_noise
     return signal * clean + sigma * noise
 
@@ -133,7 +133,10 @@ def _mixture(scheduler: Any, timesteps: Tensor, dtype: torch.dtype) -> tuple[Ten
     Given latents on a device, `add_noise` would move the scheduler's tables there, and every step would wait for them.
     """
     one, zero = torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)
-    weights = (scheduler.add_noise(*pair, timesteps).reshape(()) for pair in ((one, zero), (zero, one)))
+    if hasattr(scheduler, "add_noise"):
+        weights = (scheduler.add_noise(*pair, timesteps).reshape(()) for pair in ((one, zero), (zero, one)))
+    else:
+        weights = (scheduler.scale_noise(a, timesteps, b).reshape(()) for a, b in ((one, zero), (zero, one)))
     signal, sigma = weights
     return signal, sigma
 

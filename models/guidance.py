@@ -29,6 +29,10 @@ class Guidance(Protocol):
     def roles(self) -> tuple[Role, ...]:
         """One role: the family has no guidance of this kind."""
 
+    @property
+    def above(self) -> float:
+        """The scale up to which there is no guidance."""
+
     def weights(self, scales: Scales) -> dict[Role, float]:
         """What each role's prediction counts in a guided step; all of them add up to one."""
 
@@ -41,6 +45,7 @@ class ClassifierFree:
     """Classifier-free guidance (Ho & Salimans, 2022) of two rows."""
 
     roles: tuple[Role, ...] = ("unconditional", CONDITIONAL)
+    above: float = 1.0
 
     def weights(self, scales: Scales) -> dict[Role, float]:
         """See `Guidance`."""
@@ -56,6 +61,7 @@ class Unguided:
     """One row a step: the network has no guidance, or takes its scale as an input."""
 
     roles: tuple[Role, ...] = (CONDITIONAL,)
+    above: float = 1.0
 
     def weights(self, scales: Scales) -> dict[Role, float]:
         """See `Guidance`."""

@@ -27,6 +27,7 @@ from models.networks.unet import UNet, truncate
 from models.profiles import Profile
 from models.profiles.files import load_profile
 from models.search.attention_plan import Plan
+from models.solvers.flow import is_flow
 from models.solvers.names import default_name, supported
 from models.spec import ModelSpec, short_name
 
@@ -87,13 +88,13 @@ def load(
     files = {**_found(source.directory, "plans", ".json"), **(plans or {})}
     measured = {**_found(source.directory, "profiles", ".json"), **(profiles or {})}
     how: Stepping = stepping if stepping != "auto" else auto_stepping(device, dtype)
-    spec = _spec(short_name(name), family, digest, network, pipeline, extras, dtype, how).with_extras(
+    text_tokens = extras.get("max_sequence_length") or family.text_tokens(pipeline)
+    parts = Parts(pipeline, module.config, device, dtype, text_tokens)
+    spec = _spec(short_name(name), family, digest, network, parts, extras, how).with_extras(
         {n: lora.info for n, lora in loras.items()},
         {n: p if isinstance(p, Plan) else Plan.load(p) for n, p in files.items()},
         {n: p if isinstance(p, Profile) else load_profile(p, digest, n) for n, p in measured.items()},
     )
-    text_tokens = extras.get("max_sequence_length") or family.text_tokens(pipeline)
-    parts = Parts(pipeline, module.config, device, dtype, text_tokens)
     return Backbone(spec, family, network, parts, pipeline.scheduler.config, loras, how)
 
 
@@ -243,44 +244,60 @@ def _spec(
     family: Family,
     digest: str,
     network: Network,
-    pipeline: Any,
+    parts: Parts,
     extras: dict[str, Any],
-    dtype: torch.dtype,
     stepping: Stepping,
 ) -> ModelSpec:
-    config: Any = network.module.config
-    scale = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    side = config["sample_size"]
-    height, width = side if isinstance(side, (list, tuple)) else (side, side)
-    given = {k: extras[k] for k in ("description", "prompt_grammar") if k in extras}
+    config, pipeline, dtype = parts.config, parts.pipeline, parts.dtype
+    _check_noise(family, pipeline.scheduler.config)
+    found: dict[str, Any] = {
+        "latent_channels": pipeline.vae.config.latent_channels,
+        "latent_scale": 2 ** (len(pipeline.vae.config.block_out_channels) - 1),
+        "default_steps": 25,
+        "default_guidance_scale": family.default_guidance_scale,
+        **family.facts(config),
+        **family.limits(pipeline),
+    }
+    height, width = (side * found["latent_scale"] for side in family.native_size(config))
+    given: dict[str, Any] = {
+        k: extras[k] for k in ("description", "prompt_grammar", "default_guidance_scale") if k in extras
+    }
+    if "default_num_inference_steps" in extras:
+        given["default_steps"] = extras["default_num_inference_steps"]
     return ModelSpec(
         name=name,
         family=family.kind,
         layout=family.name,
         config_hash=digest,
-        sites=network.sites,
+        sites=family.sites(network, parts.text_tokens),
         depth=network.depth,
-        latent_channels=pipeline.vae.config.latent_channels,
-        latent_scale=scale,
-        native_width=extras.get("native_width", width * scale),
-        native_height=extras.get("native_height", height * scale),
+        native_width=extras.get("native_width", width),
+        native_height=extras.get("native_height", height),
         schedulers=supported(pipeline.scheduler.config),
         default_scheduler=extras.get("default_scheduler", default_name(pipeline.scheduler.config)),
-        default_steps=extras.get("default_num_inference_steps", 25),
-        default_guidance_scale=extras.get("default_guidance_scale", family.default_guidance_scale),
         itemsize=dtype.itemsize,
         latent_itemsize=max(dtype.itemsize, 4) if stepping == "batched" else dtype.itemsize,
         num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
         takes=family.takes,
         inputs=family.inputs,
         roles=family.guidance.roles,
+        guided_by=family.guided_by,
+        guided_above=family.guidance.above,
+        flow=family.flow,
         square=family.square,
         image_to_image=family.image_to_image,
         has_text_encoder=getattr(pipeline, "text_encoder", None) is not None,
         examples=tuple(extras.get("examples", ())),
-        **family.facts(config),
-        **given,
+        **(found | given),
     )
+
+
+def _check_noise(family: Family, config: Mapping[str, Any]) -> None:
+    if is_flow(config) != (family.flow is not None):
+        wanted = "flow matching" if family.flow else "no flow matching"
+        raise ModelLoadError(
+            f"scheduler: {config.get('_class_name')}; this family's networks were trained for {wanted}"
+        )
 
 
 __all__ = ["BUNDLED", "Backbone", "config_hash", "load"]

@@ -21,6 +21,7 @@ from models.solvers.names import NoiseSchedule
 class Request:
     """What to generate. `None` means the model's default. Sizes are pixels.
 
+    Where the network takes `guidance_scale` as an input, `true_cfg_scale` guides away from the negative prompt.
     In place of text, what diffusers' pipelines take: `prompt_embeds` [1, tokens, dim] with their mask [1, tokens] and,
     for SDXL, `pooled_prompt_embeds` [1, dim]; `class_label` for class-conditional models; `latents`
     [num_images, channels, height / scale, width / scale] as the starting noise, of unit variance.
@@ -34,6 +35,7 @@ class Request:
     height: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
     seed: int = 0
     num_images: int = 1
     scheduler: str | None = None
@@ -93,12 +95,14 @@ class Run:
     feature_bytes: int  # the most that one image remembers between steps
     seeds: tuple[int, ...]
     adapter: str | None
+    cfg_scale: float  # by which the rows of a guided step are combined
+    plain_roles: int  # rows a step without acceleration
     profile: Chosen | None = None  # where `auto` chose
 
     @property
     def scales(self) -> Scales:
         """How strongly it is guided."""
-        return Scales(self.guidance_scale)
+        return Scales(self.cfg_scale)
 
     @property
     def guided(self) -> bool:

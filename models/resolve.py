@@ -11,7 +11,15 @@ from PIL import Image
 
 from models.accelerators import Accelerator, Auto, bind, from_mode
 from models.accelerators.base import needs_guidance
-from models.errors import AcceleratorConflict, NoProfile, OutOfRange, RequestError, WrongBackbone, cut
+from models.errors import (
+    AcceleratorConflict,
+    GuidanceRequired,
+    NoProfile,
+    OutOfRange,
+    RequestError,
+    WrongBackbone,
+    cut,
+)
 from models.profiles.choice import QUALITIES, Chosen, Outlook, choose, find, promises
 from models.request import Request, Run
 from models.reuse.compile import compile_run, feature_bytes
@@ -23,6 +31,7 @@ MAX_SEED = 2**63 - 1
 OPTIONAL_INPUTS = frozenset(
     {
         "negative_prompt",
+        "true_cfg_scale",
         "class_label",
         "prompt_embeds",
         "negative_prompt_embeds",
@@ -101,14 +110,18 @@ def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Req
     count = _integer("num_inference_steps", request.num_inference_steps, model.default_steps, MAX_STEPS)
     strength = request.strength if request.image is not None else 1.0
     warp = _number("timestep_warp", request.timestep_warp, 0.05, 20.0)
-    schedule = noise_schedule(scheduler, scheduler_config, count, _number("strength", strength, 0.0, 1.0), warp)
+    _number("strength", strength, 0.0, 1.0)
+    tokens = 0 if model.flow is None else model.tokens(width, height)
+    schedule = noise_schedule(scheduler, scheduler_config, count, strength, warp, model.flow, tokens)
     scale = model.default_guidance_scale if request.guidance_scale is None else request.guidance_scale
-    _number("guidance_scale", scale, 0.0, 100.0)
-    accelerators = _bind(model, request, schedule, scheduler, count, scale)
-    guided = len(model.roles) > 1 and scale > 1.0 and needs_guidance(accelerators)
+    _number("guidance_scale", scale, 0.0, model.max_guidance_scale)
+    cfg_scale = _cfg_scale(model, request, scale)
+    accelerators = _bind(model, request, schedule, scheduler, count, cfg_scale)
+    guided = _guides(model, cfg_scale) and needs_guidance(accelerators)
     adapter = next((a.adapter for a in accelerators if hasattr(a, "adapter")), None)
     if adapter is not None:
-        scale = model.adapters[adapter].guidance_scale
+        cfg_scale = model.adapters[adapter].guidance_scale
+        scale = cfg_scale if model.guided_by == "guidance_scale" else scale
     images = _integer("num_images", request.num_images, 1, 10_000)
     seed = _integer("seed", request.seed, 0, MAX_SEED - images, least=0)
     steps = compile_run(model.sites, accelerators, len(schedule.timesteps), guided, len(model.roles) - 1)
@@ -128,11 +141,29 @@ def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Req
         feature_bytes=feature_bytes(model.sites, steps, *latent_size, model.itemsize, model.latent_itemsize),
         seeds=tuple(seed + i for i in range(images)),
         adapter=adapter,
+        cfg_scale=cfg_scale,
+        plain_roles=len(model.roles) if _guides(model, cfg_scale) else 1,
     )
 
 
+def _cfg_scale(model: ModelSpec, request: Request, scale: float) -> float:
+    """The scale by which the rows of a guided step are combined."""
+    if model.guided_by == "guidance_scale":
+        return scale
+    cfg_scale = 1.0 if request.true_cfg_scale is None else request.true_cfg_scale
+    _number("true_cfg_scale", cfg_scale, 0.0, 100.0)
+    negative = request.negative_prompt is not None or request.negative_prompt_embeds is not None
+    if _guides(model, cfg_scale) and not negative:
+        raise GuidanceRequired("negative_prompt", "is needed with true_cfg_scale: it is what that guides away from")
+    return cfg_scale
+
+
+def _guides(model: ModelSpec, cfg_scale: float) -> bool:
+    return len(model.roles) > 1 and cfg_scale > model.guided_above
+
+
 def _bind(
-    model: ModelSpec, request: Request, schedule: NoiseSchedule, scheduler: str, count: int, scale: float
+    model: ModelSpec, request: Request, schedule: NoiseSchedule, scheduler: str, count: int, cfg_scale: float
 ) -> tuple[Accelerator, ...]:
     width, height = _size(model, request)
     run = RunSpec(
@@ -140,8 +171,8 @@ def _bind(
         num_inference_steps=count,
         num_steps=len(schedule.timesteps),
         tokens=model.tokens(width, height),
-        guided=len(model.roles) > 1 and scale > 1.0 and needs_guidance(request.accelerators),
-        guidance_scale=request.guidance_scale,
+        guided=_guides(model, cfg_scale) and needs_guidance(request.accelerators),
+        guidance_scale=getattr(request, model.guided_by),
         negative=bool(request.negative_prompt) or request.negative_prompt_embeds is not None,
         image_to_image=request.image is not None,
         timestep_warp=request.timestep_warp,
@@ -195,7 +226,8 @@ def resize(picture: Image.Image, width: int, height: int) -> Image.Image:
 def _scheduler(model: ModelSpec, request: Request) -> str:
     name = request.scheduler or model.default_scheduler
     if name not in model.schedulers:
-        reason = "cannot end in pure noise as this model's schedule does" if name in REGISTRY else "is not known"
+        kind = "is not for flow matching" if model.flow else "cannot end in pure noise as this model's schedule does"
+        reason = kind if name in REGISTRY else "is not known"
         raise WrongBackbone("scheduler", f"{cut(name)!r} {reason}; one of {', '.join(model.schedulers)}")
     return name
 

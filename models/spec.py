@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from models.profiles.profile import Profile, nearest
 from models.reuse.sites import Sites
+from models.solvers.flow import FlowTimes
 
 if TYPE_CHECKING:
     from models.search.attention_plan import Plan
@@ -17,6 +18,8 @@ NetworkKind = Literal["unet", "dit"]
 Family = NetworkKind
 """What accelerators ask for: the kind of network. Everything else that differs is the business of `models.families`."""
 Takes = Literal["prompt", "class_label"]
+GuidedBy = Literal["guidance_scale", "true_cfg_scale"]
+"""A network that takes the guidance scale as an input has another scale for guidance by a second row."""
 
 
 def short_name(model: str) -> str:
@@ -60,6 +63,10 @@ class ModelSpec:
     takes: Takes = "prompt"
     inputs: frozenset[str] = frozenset()  # fields of a request beside its prompt that have a meaning
     roles: tuple[str, ...] = ("unconditional", "conditional")  # of a guided step's rows
+    guided_by: GuidedBy = "guidance_scale"  # the field of a request that scales guidance by rows
+    guided_above: float = 1.0  # the scale up to which there is none
+    max_guidance_scale: float = 100.0
+    flow: FlowTimes | None = None  # how noise levels are asked for, with flow matching
     square: bool = False  # makes square pictures only
     image_to_image: bool = True
     num_classes: int | None = None

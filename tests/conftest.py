@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ def backbone_of(pipeline_dir: Callable[[str], Path]) -> Callable[..., Backbone]:
         return loaded[layout, dtype]
 
     return backbone
+
+
+@pytest.fixture(scope="session")
+def batched_of(backbone_of: Callable[..., Backbone]) -> Callable[..., Backbone]:
+    """The same backbone, whose trajectories follow their schedulers' tables."""
+    return lambda layout, dtype=torch.float32: replace(backbone_of(layout, dtype), stepping="batched")
 
 
 @pytest.fixture(scope="session")

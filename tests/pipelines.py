@@ -13,6 +13,9 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -37,9 +40,11 @@ from models.shapes.tokenizers import clip_tokenizer, t5_tokenizer
 LAYOUTS = ("sd", "sd2", "sdxl", "dit", "pixart-alpha", "pixart-sigma")
 TEXT_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "dit")
 UNETS = ("sd", "sd2", "sdxl")
+JOINT = ("flux-dev", "flux-schnell")
+"""Transformers over text and image tokens, under flow matching; their sizes are said beside them."""
 
 
-def _vae() -> AutoencoderKL:
+def _vae(**options: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -47,6 +52,7 @@ def _vae() -> AutoencoderKL:
         norm_num_groups=4,
         latent_channels=4,
         sample_size=32,
+        **options,
     )
 
 
@@ -174,6 +180,33 @@ def _pixart(sigma: bool, **options: Any) -> PixArtAlphaPipeline | PixArtSigmaPip
     )
 
 
+def _flow_scheduler(**options: Any) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=3.0, **options)
+
+
+def _flux(guidance: bool) -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return FluxPipeline(
+        scheduler=_flow_scheduler(use_dynamic_shifting=guidance),
+        vae=_vae(shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=_clip(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=_t5(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=transformer,
+    )
+
+
 _MAKERS: dict[str, Any] = {
     "sd": _sd,
     "sd2": lambda: _sd(
@@ -187,6 +220,8 @@ _MAKERS: dict[str, Any] = {
     ),
     "sdxl": _sdxl,
     "dit": _dit,
+    "flux-dev": lambda: _flux(guidance=True),
+    "flux-schnell": lambda: _flux(guidance=False),
     "pixart-alpha": lambda: _pixart(sigma=False),
     "pixart-sigma": lambda: _pixart(sigma=True),
     "pixart-alpha-1024": lambda: _pixart(
@@ -209,6 +244,9 @@ def save_pipeline(layout: str, directory: Path) -> Path:
         if "adaln" in name or "norm1.linear" in name or parameter.abs().sum() == 0:
             torch.nn.init.normal_(parameter, std=0.05)
     pipeline.save_pretrained(directory / layout, safe_serialization=True)
+    if layout in JOINT:
+        said = {"native_width": 32, "native_height": 32, "max_sequence_length": 24}
+        (directory / layout / "slipstream.json").write_text(json.dumps(said))
     return directory / layout
 
 

@@ -36,6 +36,9 @@ def generate(
     model: ModelOption = "shapes-sd",
     steps: StepsOption = None,
     guidance_scale: ScaleOption = None,
+    true_cfg_scale: Annotated[
+        float | None, typer.Option(help="Guidance by the negative prompt, where the other scale is an input.")
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     seed: Annotated[int, typer.Option(help="The noise; image i is drawn from seed + i.")] = 0,
     num_images: Annotated[int, typer.Option(help="How many.")] = 1,
@@ -81,6 +84,7 @@ def generate(
         height=height,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
         seed=seed,
         num_images=num_images,
         scheduler=scheduler,

@@ -23,7 +23,7 @@ from app.metrics import Metrics
 from models.families.vae import to_pictures
 from models.reuse.plans import StepRows
 
-_REPEATED = {"prompt", "negative_prompt", "class_label", "timestep_warp"}
+_REPEATED = {"prompt", "negative_prompt", "class_label", "timestep_warp", "true_cfg_scale"}
 
 
 class Mailbox:

@@ -179,6 +179,7 @@ class Service:
             height=asked.height,
             num_inference_steps=asked.num_inference_steps,
             guidance_scale=asked.guidance_scale,
+            true_cfg_scale=asked.true_cfg_scale,
             seed=random.getrandbits(32) if asked.seed is None else asked.seed,
             num_images=asked.num_images,
             scheduler=asked.scheduler,

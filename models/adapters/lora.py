@@ -15,11 +15,17 @@ from torch import Tensor, nn
 from models.errors import ModelLoadError
 from models.spec import AdapterInfo
 
+JOINT_TARGETS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Projections of the text tokens where they attend together with the image's."""
+FUSED_TARGETS = ("to_qkv_mlp_proj", "to_out")
+"""Of an attention beside its MLP, with one projection in and one out for both."""
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+ALL_TARGETS = (*TARGETS, *JOINT_TARGETS, *FUSED_TARGETS)
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 
-Source = Literal["hidden", "context", "core"]
-"""What a projection reads: an attention's input, what it attends to where that is another tensor, or its core."""
+Source = Literal["hidden", "context", "core", "context core"]
+"""What a projection reads: an attention's input, what it attends to where that is another tensor, or its core; and of
+text tokens that attend together with the image's, their part of the core."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -103,7 +109,7 @@ def _terms(file: Path, weights: dict[str, Tensor], metadata: dict[str, str], net
         target = key.removesuffix(".lora_A.weight")
         if target == key or f"{target}.lora_B.weight" not in weights:
             raise ModelLoadError(f"{file}: {key} is no half of a LoRA pair")
-        projection = next((t for t in TARGETS if target.endswith("." + t)), None)
+        projection = next((t for t in ALL_TARGETS if target.endswith("." + t)), None)
         down, up = weights[key], weights[f"{target}.lora_B.weight"]
         if projection is None or shapes.get(target) != (up.shape[0], down.shape[1]):
             raise ModelLoadError(f"{file}: {target} is no attention projection of this model")
@@ -120,9 +126,12 @@ def _terms(file: Path, weights: dict[str, Tensor], metadata: dict[str, str], net
 
 
 def _source(attention: nn.Module, projection: str) -> Source:
-    if projection == "to_out.0":
+    if projection in ("to_out.0", "to_out"):
         return "core"
-    return "context" if projection != "to_q" and attention.is_cross_attention else "hidden"
+    if projection in JOINT_TARGETS:
+        return "context core" if projection == "to_add_out" else "context"
+    crossed = projection in ("to_k", "to_v") and getattr(attention, "is_cross_attention", False)
+    return "context" if crossed else "hidden"
 
 
 def _joined(pairs: dict[str, tuple[Tensor, Tensor]]) -> Term:

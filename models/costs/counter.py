@@ -147,7 +147,9 @@ class Counts:
         reuse = None if reading is None else reading.reuse
         residuals = frozenset(f.width for f in plan.keep if f.kind == "residual" and f.site == site)
         recalled = tuple((site.kind, len(one.entries)) for site, one in _modules(plan, block).items())
-        key = ("block", reuse, recalled, residuals, lora, block if lora is not None else 0)
+        assert isinstance(self._network, Transformer)  # noqa: S101
+        alike = self._network.kind(block) if lora is None else block
+        key = ("block", reuse, recalled, residuals, lora, alike)
         return self._cached(key, lambda: self._one_block(plan, block, lora))
 
     def _one_block(self, plan: RowPlan, block: int, lora: Lora | None) -> int:
@@ -166,7 +168,7 @@ class Counts:
         x, t, conditioning = self._inputs(len(rows))
         h, inputs, _ = network.begin(x, t, conditioning)
         for entry in (entry for one in reads.values() for entry in one.entries):
-            shape = network.sites.shape(entry[0], *self._size)
+            shape = network.sites.shape(entry[0], *self._size) if entry[0].kind == "residual" else tuple(h.shape[1:])
             store.write([(row.memory, entry)], torch.empty(1, *shape, device="meta"))
         both = self._count(lambda: network.block(block, h, inputs, attention_rows(rows, block, store, Places(h))))
         if not twin:
@@ -177,10 +179,11 @@ class Counts:
         """Everything of a transformer outside its blocks."""
         x, t, conditioning = self._inputs(1)
         network, store = self._network, FeatureStore()
+        assert isinstance(network, Transformer)  # noqa: S101
         every = blocks(0, network.depth)
         entry = (Feature(every, "effect"), 0)
         row = Row(RowPlan(1, {every: Reading(Recall(), (entry,), (1.0,))}), "conditional", self)
-        shape = network.sites.shape(entry[0], *self._size)
+        shape = network.begin(x, t, conditioning)[0].shape[1:]
         store.write([(row.memory, entry)], torch.empty(1, *shape, device="meta"))
         return self._count(lambda: network.forward(x, t, conditioning, [row], store))
 
@@ -191,7 +194,7 @@ class Counts:
 
     def _inputs(self, rows: int) -> tuple[Tensor, Tensor, Conditioning]:
         config: Any = self._network.module.config
-        x = torch.empty(rows, config["in_channels"], *self._size, device="meta")
+        x = torch.empty(rows, self._counter.family.latent_channels(config), *self._size, device="meta")
         conditioning = self._counter.family.dummy(config, rows, self._text_tokens)
         return x, torch.empty(rows, device="meta"), conditioning
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from models.accelerators import Accelerator
 from models.backbone import Backbone
@@ -17,6 +17,7 @@ from models.networks.base import Network
 from models.request import Run
 from models.resolve import least_request, resolve
 from models.reuse.plans import RowPlan, StepRows
+from models.solvers.flow import FLOW_REGISTRY
 from models.solvers.names import REGISTRY
 from models.spec import ModelSpec
 
@@ -31,7 +32,7 @@ def usage(backbone: Backbone, run: Run, ran: Sequence[Sequence[StepRows]] | None
     counts = counts_of(backbone, run.width, run.height, None if given is None else given.shape[1])
     lora = backbone.loras[run.adapter] if run.adapter is not None else None
     images, steps = len(run.seeds), len(run.steps)
-    plain = counts.row(RowPlan()) * steps * (len(backbone.spec.roles) if run.guidance_scale > 1.0 else 1)
+    plain = counts.row(RowPlan()) * steps * run.plain_roles
     macs = counts.run(run.steps, lora) * images if ran is None else sum(counts.run(steps, lora) for steps in ran)
     return Usage(steps, run.num_rows, macs, plain * images, run.evaluations)
 
@@ -82,7 +83,7 @@ def macs(
         family, loras = of_network(model), {}
         text_tokens = family.usual_text_tokens
         counter = MacCounter(model, attention_matmuls, family=family)
-        spec, scheduler_config = _bare_spec(family, counter.network), DDIMScheduler().config
+        spec, scheduler_config = _bare_spec(family, counter.network), _bare_scheduler(family)
     request = least_request(
         spec,
         acceleration=acceleration,
@@ -98,28 +99,40 @@ def macs(
     lora = loras[run.adapter] if run.adapter is not None else None
     steps = tuple(counts.step(step, lora) for step in run.steps)
     row = counts.row(RowPlan())
-    plain = row * len(steps) * (len(spec.roles) if run.guidance_scale > 1.0 else 1)
+    plain = row * len(steps) * run.plain_roles
     return MacReport(row, steps, sum(steps), plain, counter.parameters)
+
+
+def _bare_scheduler(family: Family) -> Any:
+    if family.flow is None:
+        return DDIMScheduler().config
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config
 
 
 def _bare_spec(family: Family, network: Network) -> ModelSpec:
     full: Any = network.module.config
-    facts = {"latent_scale": 8, **family.facts(full)}
-    side, scale = full["sample_size"], facts["latent_scale"]
-    height, width = side if isinstance(side, list | tuple) else (side, side)
+    facts: dict[str, Any] = {
+        "latent_channels": family.latent_channels(full),
+        "latent_scale": 8,
+        "default_steps": 50,
+        "default_guidance_scale": 7.5 if len(family.guidance.roles) > 1 else 1.0,
+        **family.facts(full),
+    }
+    height, width = (side * facts["latent_scale"] for side in family.native_size(full))
     return ModelSpec(
         name=family.network_class,
         family=family.kind,
         layout=family.name,
         config_hash="",
-        sites=network.sites,
+        sites=family.sites(network, family.usual_text_tokens),
         depth=network.depth,
-        latent_channels=full["in_channels"],
-        native_width=width * scale,
-        native_height=height * scale,
-        schedulers=tuple(REGISTRY),
-        default_steps=50,
-        default_guidance_scale=7.5 if len(family.guidance.roles) > 1 else 1.0,
+        native_width=width,
+        native_height=height,
+        schedulers=tuple(REGISTRY if family.flow is None else FLOW_REGISTRY),
+        default_scheduler="ddim" if family.flow is None else "euler",
+        guided_by=family.guided_by,
+        guided_above=family.guidance.above,
+        flow=family.flow,
         roles=family.guidance.roles,
         takes=family.takes,
         inputs=family.inputs,

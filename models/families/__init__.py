@@ -8,6 +8,7 @@ from typing import Any
 from models.errors import ModelLoadError
 from models.families.base import Family, Parts
 from models.families.dit import DIT
+from models.families.flux import FLUX
 from models.families.pixart import PIXART
 from models.families.sd import SD
 from models.families.sdxl import SDXL
@@ -20,6 +21,7 @@ REGISTRY: dict[str, Family] = {
         SDXL,
         DIT,
         PIXART,
+        FLUX,
     )
     for pipeline in family.pipelines
 }

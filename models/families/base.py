@@ -20,7 +20,9 @@ from models.networks.base import Network
 from models.request import Run
 from models.reuse.plans import Role
 from models.reuse.rows import Conditioning
-from models.spec import NetworkKind, Takes
+from models.reuse.sites import Sites
+from models.solvers.flow import FlowTimes
+from models.spec import GuidedBy, NetworkKind, Takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,10 @@ class Family(ABC):
     guidance: ClassVar[Guidance]
     default_guidance_scale: ClassVar[float]
     """What diffusers' pipeline defaults to."""
+    guided_by: ClassVar[GuidedBy] = "guidance_scale"
+    """The field of a request that scales guidance by rows."""
+    flow: ClassVar[FlowTimes | None] = None
+    """With flow matching, how the pipeline asks for noise levels."""
     usual_text_tokens: ClassVar[int] = 0
     """The length of its prompts, where no pipeline says so."""
     takes: ClassVar[Takes] = "prompt"
@@ -97,9 +103,13 @@ class Family(ABC):
 
     def check_latents(self, config: Mapping[str, Any], latent_channels: int) -> None:
         """Hold the network's channels against the VAE's. Raises `ModelLoadError`."""
-        if config["in_channels"] != latent_channels:
+        if self.latent_channels(config) != latent_channels:
             reason = f"in_channels = {config['in_channels']} are not the {latent_channels} of the VAE's latents"
             raise ModelLoadError(f"{self.part}/config.json: {reason}, which is not implemented for {self.name}")
+
+    def latent_channels(self, config: Mapping[str, Any]) -> int:
+        """Channels of the VAE's latents for a network with this config."""
+        return int(config["in_channels"])
 
     def pipeline(self, class_name: str) -> Any:
         """The class that reads the files."""
@@ -116,6 +126,20 @@ class Family(ABC):
     def facts(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What a `ModelSpec` says of a network with this config beyond what it says of all."""
         return {"patch_size": 1}
+
+    def native_size(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Height and width of the latents that a network with this config was trained for."""
+        side = config["sample_size"]
+        height, width = side if isinstance(side, list | tuple) else (side, side)
+        return height, width
+
+    def limits(self, pipeline: Any) -> dict[str, Any]:
+        """What a `ModelSpec` says of a loaded pipeline that its network's config does not know."""
+        return {}
+
+    def sites(self, network: Network, text_tokens: int) -> Sites:
+        """What the network declares, for prompts of up to this length."""
+        return network.sites
 
     # Requests
 

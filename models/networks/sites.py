@@ -127,3 +127,28 @@ class TransformerSites:
         if feature.kind == "residual":
             return self.heads, tokens, self.head_dim
         return tokens, self.dim
+
+
+@dataclass(frozen=True, slots=True)
+class JointSites(TransformerSites):
+    """Blocks over text and image tokens together; every feature is of both. `text_tokens` is the longest prompt, and
+    image tokens come in multiples of `multiple`.
+
+    An attention can be recalled, but not shared with the unconditional row, whose text is another, nor windowed: bands
+    are of image tokens alone, and here every token attends to the text as well.
+    """
+
+    text_tokens: int = 0
+    multiple: int = 1
+
+    def understands(self, site: Site) -> frozenset[str]:
+        """See `Sites`."""
+        found = TransformerSites.understands(self, site)
+        return found & {"recall"} if site.kind == "attention" else found
+
+    def shape(self, feature: Feature, height: int, width: int) -> tuple[int, ...]:
+        """See `Sites`."""
+        if feature.site == OUTPUT:
+            return self.latent_channels, height, width
+        tokens = (height // self.patch_size) * (width // self.patch_size)
+        return tokens + -tokens % self.multiple + self.text_tokens, self.dim

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -58,6 +58,10 @@ class Transformer(ABC):
     def modulated(self, number: int, h: Tensor, inputs: BlockInputs) -> Tensor:
         """What the attention of block `number` sees of hidden states h [rows, tokens, dim]: normalised, modulated."""
         raise NotImplementedError(f"{type(self).__name__} has no gate on modulated inputs")
+
+    def kind(self, block: int) -> Hashable:
+        """Equal for blocks that cost the same."""
+        return 0
 
     @property
     def depth(self) -> int:

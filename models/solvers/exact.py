@@ -12,6 +12,8 @@ from models.trajectory import Trajectory
 
 def model_input(trajectory: Trajectory) -> Tensor:
     """The latents [1, channels, h, w] as the network wants them at this time."""
+    if not hasattr(trajectory.scheduler, "scale_model_input"):  # flow matching
+        return trajectory.state
     scaled: Tensor = trajectory.scheduler.scale_model_input(trajectory.state, trajectory.timestep)
     return scaled
 
@@ -41,6 +43,9 @@ def step(trajectory: Trajectory, prediction: Tensor) -> Tensor:
 def foresee(trajectory: Trajectory, prediction: Tensor) -> Tensor:
     """The clean latents that a prediction points to, [1, channels, h, w]; before the step is taken."""
     x, scheduler = model_input(trajectory), trajectory.scheduler
+    if scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction":
+        index = scheduler.begin_index + trajectory.step
+        return x - scheduler.sigmas[index].to(x.dtype) * prediction  # type: ignore[no-any-return]
     signal = scheduler.alphas_cumprod[round(float(trajectory.timestep))].float() ** 0.5
     noise = (1 - signal**2) ** 0.5
     kind = scheduler.config.prediction_type

@@ -24,6 +24,7 @@ from diffusers import (
 from torch import Tensor
 
 from models.errors import OutOfRange, RequestError
+from models.solvers.flow import FLOW_REGISTRY, FlowTimes, is_flow, prepared
 
 REGISTRY: dict[str, tuple[type, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {}),
@@ -44,16 +45,20 @@ WARPABLE = {
 
 
 def supported(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The schedulers that can honour a model's noise schedule: with zero terminal SNR not all of them can."""
+    """The schedulers that can honour a model's noise schedule: with zero terminal SNR or flow matching not all can."""
+    if is_flow(config):
+        return tuple(FLOW_REGISTRY)
     if not config.get("rescale_betas_zero_snr"):
         return tuple(REGISTRY)
     return tuple(n for n, (cls, _) in REGISTRY.items() if "rescale_betas_zero_snr" in inspect.signature(cls).parameters)
 
 
 def default_name(config: Mapping[str, Any]) -> str:
-    """The registry's name of the scheduler a pipeline came with; ddim where it is none of them."""
-    names = (n for n, (cls, options) in REGISTRY.items() if cls.__name__ == config.get("_class_name") and not options)
-    return next(names, "ddim")
+    """The registry's name of the scheduler a pipeline came with; the simplest where it is none of them."""
+    flow = is_flow(config)
+    known = FLOW_REGISTRY if flow else {n: entry for n, entry in REGISTRY.items() if not entry[1]}
+    names = (n for n, (cls, _) in known.items() if cls.__name__ == config.get("_class_name"))
+    return next(names, "euler" if flow else "ddim")
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,20 @@ class NoiseSchedule:
 
 
 def noise_schedule(
-    name: str, config: Mapping[str, Any], num_inference_steps: int, strength: float = 1.0, warp: float = 1.0
+    name: str,
+    config: Mapping[str, Any],
+    num_inference_steps: int,
+    strength: float = 1.0,
+    warp: float = 1.0,
+    flow: FlowTimes | None = None,
+    tokens: int = 0,
 ) -> NoiseSchedule:
-    """The schedule of a run, shared between runs that are alike.
+    """The schedule of a run, shared between runs that are alike. With `flow` it depends on the image's `tokens`.
 
     Raises a `RequestError` for a step count or a warp that the scheduler cannot do, and a strength that leaves no step.
     """
+    if flow is not None:
+        return _flow_schedule(name, _Frozen(config), num_inference_steps, strength, warp, flow, tokens)
     return _noise_schedule(name, _Frozen(config), num_inference_steps, strength, warp)
 
 
@@ -122,7 +135,22 @@ def _noise_schedule(
             raise
         raise OutOfRange("num_inference_steps", f"{name} cannot take {num_inference_steps} steps: {error}") from error
     skipped = max(num_inference_steps - min(int(num_inference_steps * strength), num_inference_steps), 0)
-    begin = skipped * scheduler.order
+    return _from(scheduler, skipped * scheduler.order, strength, num_inference_steps)
+
+
+@lru_cache(maxsize=512)
+def _flow_schedule(
+    name: str, frozen: _Frozen, num_inference_steps: int, strength: float, warp: float, flow: FlowTimes, tokens: int
+) -> NoiseSchedule:
+    if warp != 1.0:
+        raise RequestError("timestep_warp", "a model of flow matching takes no custom time steps")
+    scheduler = prepared(name, frozen.config, num_inference_steps, flow, tokens)
+    # Other pipelines round the steps that are run, these the steps that are left out.
+    skipped = int(max(num_inference_steps - num_inference_steps * strength, 0))
+    return _from(scheduler, skipped, strength, num_inference_steps)
+
+
+def _from(scheduler: Any, begin: int, strength: float, num_inference_steps: int) -> NoiseSchedule:
     timesteps = scheduler.timesteps[begin:]
     if not len(timesteps):
         raise OutOfRange("strength", f"{strength:g} of {num_inference_steps} steps leaves none to run")

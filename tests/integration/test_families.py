@@ -58,6 +58,7 @@ class Between:
     """Away from nothing towards the negative prompt, and from that towards the prompt."""
 
     roles: tuple[Role, ...] = (CONDITIONAL, "between", UNCONDITIONAL)
+    above: float = 1.0
 
     def weights(self, scales: Scales) -> dict[Role, float]:
         s = scales.guidance

@@ -116,6 +116,7 @@ class Edit:
     """Three rows, as InstructPix2Pix guides."""
 
     roles = ("conditional", "picture", "unconditional")
+    above = 1.0
 
     def weights(self, scales: Scales) -> dict[str, float]:
         s, i = scales.guidance, scales.image

@@ -91,6 +91,12 @@ class GenerationFields(BaseModel):
     height: int | None = Field(None, ge=1, description="Pixels; a multiple of what the model allows.")
     num_inference_steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="Classifier-free guidance; 1 or less: none.")
+    true_cfg_scale: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="Guidance by a row for the negative prompt, where guidance_scale is an input of the network.",
+    )
     seed: Seed | None = Field(None, description="Image i is drawn from seed + i; default a random seed.")
     num_images: int = Field(1, ge=1, le=1000, description="How many images.")
     scheduler: Text | None = Field(None, description=f"Noise scheduler: {', '.join(SCHEDULERS)}.")

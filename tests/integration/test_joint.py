@@ -1,0 +1,281 @@
+"""Transformers over text and image tokens: diffusers' own pipelines bit for bit, and what one forward mixes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxImg2ImgPipeline
+from PIL import Image
+from torch import Tensor
+
+from models import Backbone, Request, Result, advance, generate, load
+from models.accelerators import DeltaDiT, Forecast, SelectiveGuidance
+from models.errors import GuidanceRequired, ModelLoadError, OutOfRange, RequestError, WrongBackbone
+from models.generate import start
+from models.resolve import resolve
+from models.solvers.flow import FLOW_REGISTRY
+from tests.pipelines import JOINT
+from tests.reference import generators
+
+Backbones = Callable[..., Backbone]
+Pipelines = Callable[..., Any]
+PROMPT, NEGATIVE = "a large red circle", "a blue square on a white background"
+Pack = Callable[[Tensor], Tensor]
+
+
+def patches(latents: Tensor) -> Tensor:
+    """Latents as a pipeline packs them: four pixels a token."""
+    n, c, h, w = latents.shape
+    return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, 4 * c)
+
+
+def unpacked(latents: Tensor) -> Tensor:
+    """Latents as a pipeline has them that packs none."""
+    return latents
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a layout's pipeline calls what we call the same: inputs of a plain run, and of a guided one."""
+
+    plain: dict[str, Any] = field(default_factory=dict)
+    guided: dict[str, Any] = field(default_factory=dict)
+    exact: bool = False  # whether its guided rows share a forward, so that ours are bitwise the same
+    from_image: Any = None
+    pack: Pack = unpacked
+    options: dict[str, Any] = field(default_factory=dict)  # of its call alone
+    unguided: dict[str, Any] = field(default_factory=dict)  # what a guided run is without its guidance
+
+
+BY_NEGATIVE = {"true_cfg_scale": 2.5, "negative_prompt": NEGATIVE}
+CASES = {
+    "flux-dev": Case(
+        {"guidance_scale": 3.0},
+        {"guidance_scale": 2.0, **BY_NEGATIVE},
+        from_image=FluxImg2ImgPipeline,
+        pack=patches,
+        options={"max_sequence_length": 24},
+        unguided={"true_cfg_scale": 1.0},
+    ),
+    "flux-schnell": Case(
+        {},
+        BY_NEGATIVE,
+        from_image=FluxImg2ImgPipeline,
+        pack=patches,
+        options={"max_sequence_length": 24},
+        unguided={"true_cfg_scale": 1.0},
+    ),
+}
+SIZES = [(32, 32), (24, 40)]
+
+
+def test_every_layout_is_tried() -> None:
+    assert tuple(CASES) == JOINT
+
+
+def drawn(pipeline: Any, case: Case, scheduler: str = "euler", **inputs: Any) -> tuple[Tensor, list[Image.Image]]:
+    """Final latents as the pipeline has them, and pictures, of its own call."""
+    cls, options = FLOW_REGISTRY[scheduler]
+    known = {k: v for k, v in pipeline.scheduler.config.items() if scheduler == "euler" or k != "shift"}
+    components = {**pipeline.components, "scheduler": cls.from_config(known, **options)}  # type: ignore[attr-defined]
+    called = (case.from_image if "image" in inputs else type(pipeline))(**components)
+    called.set_progress_bar_config(disable=True)
+    plain, last = called.scheduler.step, []
+
+    @functools.wraps(plain)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = plain(*args, **kwargs)
+        last.append(result[0])
+        return result
+
+    called.scheduler.step = step
+    images = called(prompt=PROMPT, **{**case.options, **inputs}).images
+    return last[-1], images
+
+
+def same(case: Case, result: Result, latents: Tensor, images: list[Image.Image]) -> bool:
+    """Equal in every bit of the latents and every pixel."""
+    pictures = zip(result.images, images, strict=True)
+    alike = all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pictures)
+    return alike and torch.equal(case.pack(result.latents), latents)
+
+
+def near(case: Case, result: Result, latents: Tensor, tolerance: float = 1e-5) -> bool:
+    return float((case.pack(result.latents) - latents).abs().max()) <= tolerance * float(latents.abs().max())
+
+
+def photo(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("layout", CASES)
+def test_text_to_image(
+    layout: str, width: int, height: int, images: int, backbone_of: Backbones, pipeline_of: Pipelines
+) -> None:
+    case = CASES[layout]
+    common = {"width": width, "height": height, "num_inference_steps": 4, **case.plain}
+    [result] = generate(backbone_of(layout), [Request(prompt=PROMPT, seed=5, num_images=images, **common)])
+    theirs = drawn(pipeline_of(layout), case, generator=generators(5, images), num_images_per_prompt=images, **common)
+    assert same(case, result, *theirs)
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("layout", CASES)
+def test_guided(layout: str, width: int, height: int, backbone_of: Backbones, pipeline_of: Pipelines) -> None:
+    case = CASES[layout]
+    common = {"width": width, "height": height, "num_inference_steps": 3, **case.guided}
+    [result] = generate(backbone_of(layout), [Request(prompt=PROMPT, seed=6, **common)])
+    assert result.usage.rows == 6
+    theirs = drawn(pipeline_of(layout), case, generator=generators(6, 1), **common)
+    assert same(case, result, *theirs) if case.exact else near(case, result, theirs[0])
+    [plain] = generate(backbone_of(layout), [Request(prompt=PROMPT, seed=6, **{**common, **case.unguided})])
+    assert not near(case, plain, theirs[0], 1e-2)
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.8])
+@pytest.mark.parametrize("layout", [layout for layout, case in CASES.items() if case.from_image])
+def test_image_to_image(layout: str, strength: float, backbone_of: Backbones, pipeline_of: Pipelines) -> None:
+    case = CASES[layout]
+    common = {"width": 40, "height": 24, "num_inference_steps": 5, "strength": strength, **case.plain}
+    common["image"] = photo(40, 24)
+    [result] = generate(backbone_of(layout), [Request(prompt=PROMPT, seed=7, **common)])
+    assert same(case, result, *drawn(pipeline_of(layout), case, generator=generators(7, 1), **common))
+
+
+@pytest.mark.parametrize("scheduler", [name for name in FLOW_REGISTRY if name != "euler"])
+def test_other_schedulers(scheduler: str, backbone_of: Backbones, pipeline_of: Pipelines) -> None:
+    case = CASES["flux-dev"]
+    common = {"width": 32, "height": 48, "num_inference_steps": 5, **case.plain}
+    [result] = generate(backbone_of("flux-dev"), [Request(prompt=PROMPT, seed=8, scheduler=scheduler, **common)])
+    assert same(case, result, *drawn(pipeline_of("flux-dev"), case, scheduler, generator=generators(8, 1), **common))
+
+
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("scheduler", FLOW_REGISTRY)
+@pytest.mark.parametrize("layout", CASES)
+def test_batched_stepping(
+    layout: str, scheduler: str, image: bool, backbone_of: Backbones, batched_of: Backbones
+) -> None:
+    case = CASES[layout]
+    if image and case.from_image is None:
+        pytest.skip("no image-to-image")
+    start_from = {"image": photo(32, 32), "strength": 0.7} if image else {}
+    request = Request(
+        prompt=PROMPT,
+        seed=9,
+        scheduler=scheduler,
+        num_inference_steps=6,
+        **case.guided,
+        **start_from,  # type: ignore[arg-type]
+    )
+    exact, batched = (generate(one(layout), [request])[0].latents for one in (backbone_of, batched_of))
+    assert float((exact - batched).abs().max()) <= 1e-5 * float(exact.abs().max())
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"scheduler": "ddim"}, WrongBackbone, "is not for flow matching; one of euler, dpmpp_2m, unipc"),
+        ({"scheduler": "nosuch"}, WrongBackbone, "is not known"),
+        ({"timestep_warp": 2.0}, RequestError, "flow matching takes no custom time steps"),
+        ({"true_cfg_scale": 2.0}, GuidanceRequired, "negative_prompt: is needed with true_cfg_scale"),
+        ({"true_cfg_scale": 101.0}, OutOfRange, "true_cfg_scale: 101"),
+        ({"width": 34}, OutOfRange, "not a positive multiple of 4"),
+        ({"prompt_embeds": torch.zeros(1, 25, 32)}, OutOfRange, "prompt_embeds: 25 tokens are more than 24"),
+        ({"prompt_embeds": torch.zeros(1, 24, 32)}, RequestError, "pooled_prompt_embeds"),
+    ],
+)
+def test_what_a_request_may_not_ask(
+    fields: dict[str, Any], error: type[RequestError], message: str, backbone_of: Backbones
+) -> None:
+    with pytest.raises(error, match=message):
+        generate(backbone_of("flux-dev"), [Request(prompt=PROMPT, **fields)])
+
+
+def test_a_scale_that_the_network_has_no_input_for(backbone_of: Backbones) -> None:
+    with pytest.raises(OutOfRange, match=r"guidance_scale: 3.0 is not in 0..1"):
+        generate(backbone_of("flux-schnell"), [Request(prompt=PROMPT, guidance_scale=3.0)])
+    with pytest.raises(WrongBackbone, match="true_cfg_scale"):
+        generate(backbone_of("sd"), [Request(prompt=PROMPT, true_cfg_scale=3.0)])
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("transformer/config.json", {"patch_size": 2}, "patch_size = 2 is not implemented"),
+        ("transformer/config.json", {"nosuch": True}, "nosuch = True is not implemented"),
+        ("model_index.json", {"scheduler": ["diffusers", "DDIMScheduler"]}, "DDIMScheduler; this family's networks"),
+    ],
+)
+def test_what_is_not_understood_is_refused_at_loading(
+    file: str, changes: dict[str, Any], message: str, pipeline_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = shutil.copytree(pipeline_dir("flux-dev"), tmp_path / "model")
+    config = json.loads((directory / file).read_text())
+    (directory / file).write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ModelLoadError, match=message):
+        load(str(directory), device="cpu", dtype="float32")
+
+
+# Rows that do different things
+
+
+def wishes(case: Case) -> list[dict[str, Any]]:
+    """What requests of one batch ask for: other accelerators, lengths of prompt, sizes, steps, seeds."""
+    return [
+        {"prompt": "a ring", "num_inference_steps": 5},
+        {"acceleration": DeltaDiT(interval=2, blocks=3, boundary=3, order=1), "num_inference_steps": 6},
+        {"prompt": "", "acceleration": Forecast(interval=3), "num_inference_steps": 7},
+        {"acceleration": DeltaDiT(interval=3, blocks=2, boundary=0), "num_inference_steps": 4, "width": 24},
+        {"acceleration": [Forecast(evaluations=4, order=2), DeltaDiT(blocks=1)], "num_inference_steps": 9},
+        {**case.guided, "acceleration": SelectiveGuidance(stop=0.5), "num_inference_steps": 4},
+        {**case.guided, "acceleration": [SelectiveGuidance(start=0.4), DeltaDiT(blocks=2)], "num_inference_steps": 6},
+        {**case.guided, "width": 24, "num_inference_steps": 3},
+    ]
+
+
+@pytest.mark.parametrize("stepping", ["exact", "batched"])
+@pytest.mark.parametrize("layout", CASES)
+def test_alone_equals_mixed_and_staggered(
+    layout: str, stepping: str, backbone_of: Backbones, batched_of: Backbones
+) -> None:
+    backbone = (backbone_of if stepping == "exact" else batched_of)(layout)
+    asked = [{"prompt": PROMPT, **wish} for wish in wishes(CASES[layout])]
+    requests = [Request(**{"seed": 20 + i, **wish}) for i, wish in enumerate(asked)]
+    alone = [generate(backbone, [request])[0].latents for request in requests]
+    waiting = [start(backbone, resolve(backbone.spec, backbone.scheduler_config, r)) for r in requests]
+    everyone = [trajectory for started in waiting for trajectory in started]
+    arriving, running = list(waiting), everyone[:0]
+    turn = 0
+    while arriving or running:
+        running += arriving.pop(0) if arriving else []
+        groups = list(dict.fromkeys(t.group for t in running))
+        group = groups[turn % len(groups)]
+        advance(backbone, [t for t in running if t.group == group])
+        running = [t for t in running if not t.done]
+        turn += 1
+    for mixed, single in zip(everyone, alone, strict=True):
+        assert float((mixed.latents - single).abs().max()) <= 2e-5 * float(single.abs().max())
+    plain = [
+        generate(backbone, [Request(**{**w, "seed": 20 + i, "acceleration": ()})])[0].latents
+        for i, w in enumerate(asked)
+    ]
+    changed = [not torch.allclose(a, b, rtol=0, atol=1e-4) for a, b in zip(alone, plain, strict=True)]
+    assert changed == [bool(w.get("acceleration")) for w in asked]
+    del everyone, waiting, mixed, group
+    assert backbone.features.nbytes == 0
