@@ -124,6 +124,8 @@ def _first_latents(
     if clean is None:
         return noise * getattr(scheduler, "init_noise_sigma", 1.0)
     signal, sigma = _mixture(scheduler, run.schedule.timesteps[:1], dtype) if solver is None else solver.add_noise
+    if backbone.spec.flow is not None:  # in diffusers' order, which settles how the sum lies in memory
+        return sigma * noise + signal * clean
     return signal * clean + sigma * noise
 
 

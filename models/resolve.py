@@ -186,6 +186,9 @@ def _size(model: ModelSpec, request: Request) -> tuple[int, int]:
     for name, value in (("width", width), ("height", height)):
         if value < 1 or value % model.size_multiple:
             raise OutOfRange(name, f"{value} is not a positive multiple of {model.size_multiple} pixels")
+        most = None if model.max_latent_side is None else model.max_latent_side * model.latent_scale
+        if most is not None and value > most:
+            raise OutOfRange(name, f"{value} is more than the {most} pixels that {model.name} has positions for")
     if model.square and width != height:
         raise OutOfRange("height", f"{model.name} makes square pictures only, so it must equal the width")
     return width, height

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from models.profiles.profile import Profile, nearest
 from models.reuse.sites import Sites
-from models.solvers.flow import FlowTimes
 
 if TYPE_CHECKING:
     from models.search.attention_plan import Plan
+    from models.solvers.flow import FlowTimes
 
 NetworkKind = Literal["unet", "dit"]
 Family = NetworkKind
@@ -66,6 +66,7 @@ class ModelSpec:
     guided_by: GuidedBy = "guidance_scale"  # the field of a request that scales guidance by rows
     guided_above: float = 1.0  # the scale up to which there is none
     max_guidance_scale: float = 100.0
+    max_latent_side: int | None = None  # the longest side in latent pixels; None: any
     flow: FlowTimes | None = None  # how noise levels are asked for, with flow matching
     square: bool = False  # makes square pictures only
     image_to_image: bool = True

@@ -19,6 +19,8 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -40,7 +42,7 @@ from models.shapes.tokenizers import clip_tokenizer, t5_tokenizer
 LAYOUTS = ("sd", "sd2", "sdxl", "dit", "pixart-alpha", "pixart-sigma")
 TEXT_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "dit")
 UNETS = ("sd", "sd2", "sdxl")
-JOINT = ("flux-dev", "flux-schnell")
+JOINT = ("flux-dev", "flux-schnell", "sd3", "sd3.5")
 """Transformers over text and image tokens, under flow matching; their sizes are said beside them."""
 
 
@@ -101,8 +103,8 @@ def _clip(width: int = 32, projection: bool = False) -> CLIPTextModel | CLIPText
     return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
 
-def _t5() -> T5EncoderModel:
-    config = T5Config(vocab_size=len(t5_tokenizer()), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+def _t5(dim: int = 32) -> T5EncoderModel:
+    config = T5Config(vocab_size=len(t5_tokenizer()), d_model=dim, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
     return T5EncoderModel(config)
 
 
@@ -207,6 +209,36 @@ def _flux(guidance: bool) -> FluxPipeline:
     )
 
 
+def _sd3(**options: Any) -> StableDiffusion3Pipeline:
+    transformer = SD3Transformer2DModel(
+        **{
+            "sample_size": 16,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 3,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 64,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 64,
+            "pos_embed_max_size": 16,
+            **options,
+        }
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=_flow_scheduler(),
+        vae=_vae(shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=_clip(projection=True),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=_clip(projection=True),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=_t5(64),
+        tokenizer_3=t5_tokenizer(),
+    )
+
+
 _MAKERS: dict[str, Any] = {
     "sd": _sd,
     "sd2": lambda: _sd(
@@ -222,6 +254,8 @@ _MAKERS: dict[str, Any] = {
     "dit": _dit,
     "flux-dev": lambda: _flux(guidance=True),
     "flux-schnell": lambda: _flux(guidance=False),
+    "sd3": _sd3,
+    "sd3.5": lambda: _sd3(num_layers=4, dual_attention_layers=(0, 2), qk_norm="rms_norm"),
     "pixart-alpha": lambda: _pixart(sigma=False),
     "pixart-sigma": lambda: _pixart(sigma=True),
     "pixart-alpha-1024": lambda: _pixart(
@@ -245,7 +279,8 @@ def save_pipeline(layout: str, directory: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.05)
     pipeline.save_pretrained(directory / layout, safe_serialization=True)
     if layout in JOINT:
-        said = {"native_width": 32, "native_height": 32, "max_sequence_length": 24}
+        tokens = 48 if layout.startswith("sd3") else 24
+        said = {"native_width": 32, "native_height": 32, "max_sequence_length": tokens}
         (directory / layout / "slipstream.json").write_text(json.dumps(said))
     return directory / layout
 

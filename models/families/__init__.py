@@ -11,6 +11,7 @@ from models.families.dit import DIT
 from models.families.flux import FLUX
 from models.families.pixart import PIXART
 from models.families.sd import SD
+from models.families.sd3 import SD3
 from models.families.sdxl import SDXL
 from models.families.unconditional import UNCONDITIONAL
 
@@ -21,6 +22,7 @@ REGISTRY: dict[str, Family] = {
         SDXL,
         DIT,
         PIXART,
+        SD3,
         FLUX,
     )
     for pipeline in family.pipelines

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.errors import RequestError
 from models.families.base import Parts
 from models.families.configs import ANY
 from models.families.mmdit import JointFamily
@@ -116,7 +115,7 @@ class Flux(JointFamily):
 
     def network(self, module: Any) -> Network:
         """See `Family`."""
-        install_joint(module, {"FluxAttnProcessor": JointAttention})
+        install_joint(module, lambda path, processor: JointAttention if processor == "FluxAttnProcessor" else None)
         return FluxNetwork(module)
 
     def latent_channels(self, config: Mapping[str, Any]) -> int:
@@ -135,13 +134,6 @@ class Flux(JointFamily):
             texts, device=parts.device, max_sequence_length=parts.text_tokens
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-
-    def given(self, parts: Parts, embeds: Tensor, mask: Tensor | None, pooled: Tensor | None) -> Conditioning:
-        """See `TextFamily`."""
-        found = super().given(parts, embeds, mask, pooled)
-        if pooled is None:
-            raise RequestError("pooled_prompt_embeds", "this model needs them beside prompt_embeds")
-        return {**found, "pooled_projections": pooled.to(parts.device, parts.dtype)}
 
     def beside(self, parts: Parts, run: Run) -> Conditioning:
         """See `TextFamily`."""

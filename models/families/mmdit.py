@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models.errors import OutOfRange
+from models.errors import OutOfRange, RequestError
 from models.families.base import Parts
 from models.families.text import TextFamily
 from models.networks.base import Network
@@ -42,7 +42,12 @@ class JointFamily(TextFamily):
         """See `TextFamily`; no longer than what a prompt's features are planned for."""
         if embeds.ndim == 3 and embeds.shape[1] > parts.text_tokens:
             raise OutOfRange("prompt_embeds", f"{embeds.shape[1]} tokens are more than {parts.text_tokens}")
-        return super().given(parts, embeds, mask, pooled)
+        found = super().given(parts, embeds, mask, pooled)
+        if "pooled_prompt_embeds" not in self.inputs:
+            return found
+        if pooled is None:
+            raise RequestError("pooled_prompt_embeds", "this model needs them beside prompt_embeds")
+        return {**found, "pooled_projections": pooled.to(parts.device, parts.dtype)}
 
     def to_vae(self, latents: Tensor, config: Any) -> Tensor:
         """See `Family`."""

@@ -97,7 +97,12 @@ class JointAttention(RowAttention):
         """Both streams' results, text first, [rows, tokens, dim]."""
         own = self._heads(attn, "hidden", x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), parts)
         if context is None:
-            return self._attend(own, rope)
+            core = self._attend(own, rope)
+            if not hasattr(attn, "to_out"):  # the block projects it, beside its MLP
+                return core
+            alone: Tensor = attn.to_out[0](core)
+            self._adapt("core", core, {"to_out.0": alone}, parts)
+            return alone
         names = ("add_q_proj", "add_k_proj", "add_v_proj")
         added = self._heads(attn, "context", context, names, ("norm_added_q", "norm_added_k"), parts)
         pairs = zip(added, own, strict=True) if self.text_first else zip(own, added, strict=True)
@@ -144,6 +149,15 @@ class ImageFirstAttention(JointAttention):
     text_first = False
 
 
+class ImageAttention(JointAttention):
+    """Image tokens among themselves, beside a joint attention that is the block's site: computed in every step."""
+
+    def _run(
+        self, attn: Any, image: Tensor, text: Tensor | None, rope: Rope | None, rows: AttentionRows | None
+    ) -> Tensor:
+        return self._both(attn, image, text, rope, () if rows is None else rows.segments)
+
+
 class FusedAttention(JointAttention):
     """Attention beside the block's MLP, with one projection in and one out for both."""
 
@@ -169,18 +183,15 @@ def _called() -> None:
 _called.__signature__ = inspect.signature(JointAttention.__call__.__get__(object()))  # type: ignore[attr-defined]
 
 
-def install_joint(network: nn.Module, kinds: dict[str, type[JointAttention]]) -> list[nn.Module]:
-    """Give every attention of a freshly loaded network its processor, by the name of the one that diffusers gave it.
+def install_joint(network: nn.Module, choose: Callable[[str, str], type[JointAttention] | None]) -> None:
+    """Give every attention of a freshly loaded network its processor, chosen by its path and diffusers' processor.
 
-    Returns them. Raises `ModelLoadError` for one that is not understood.
+    Raises `ModelLoadError` for one that is not understood: for which None is chosen.
     """
-    found = []
     for path, module in network.named_modules():
         if not (isinstance(module, Attention) or hasattr(module, "set_processor")):
             continue
-        kind = kinds.get(type(module.processor).__name__)
+        kind = choose(path, type(module.processor).__name__)
         if kind is None or getattr(module, "fused_projections", False):
             raise ModelLoadError(f"{path}: {type(module.processor).__name__} is not supported")
         module.set_processor(kind(path))
-        found.append(module)
-    return found

@@ -178,8 +178,7 @@ class DiT(Transformer):
 
     def end(self, h: Tensor, inputs: BlockInputs, embedded: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Transformer`."""
-        height, width = (side // self.module.config.patch_size for side in size)
-        return self._unpatchify(self._head(h, inputs, embedded), height, width)
+        return unpatchify(self._head(h, inputs, embedded), size, self.module.config.patch_size)
 
     def block(self, number: int, h: Tensor, inputs: BlockInputs, attention: AttentionRows | None) -> Tensor:
         """See `Transformer`."""
@@ -246,11 +245,13 @@ class DiT(Transformer):
         shift, scale = (dit.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
         return dit.proj_out(dit.norm_out(h) * (1 + scale) + shift)  # type: ignore[no-any-return]
 
-    def _unpatchify(self, h: Tensor, height: int, width: int) -> Tensor:
-        patch, channels = self.module.config.patch_size, self.module.out_channels
-        h = h.reshape(-1, height, width, patch, patch, channels)
-        h = torch.einsum("nhwpqc->nchpwq", h)
-        return h.reshape(-1, channels, height * patch, width * patch)
+
+def unpatchify(h: Tensor, size: tuple[int, int], patch: int) -> Tensor:
+    """Tokens [rows, tokens, patch² * channels], channels last, to [rows, channels, height, width]."""
+    height, width = size
+    h = h.reshape(-1, height // patch, width // patch, patch, patch, h.shape[-1] // patch**2)
+    h = torch.einsum("nhwpqc->nchpwq", h)
+    return h.reshape(len(h), -1, height, width)
 
 
 def _reused(plan: RowPlan, block: int) -> Site | None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline
+from diffusers import FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -74,6 +74,17 @@ CASES = {
         options={"max_sequence_length": 24},
         unguided={"true_cfg_scale": 1.0},
     ),
+    **{
+        layout: Case(
+            {"guidance_scale": 1.0},
+            {"guidance_scale": 3.0, "negative_prompt": NEGATIVE},
+            exact=True,
+            from_image=StableDiffusion3Img2ImgPipeline,
+            options={"max_sequence_length": 24},
+            unguided={"guidance_scale": 1.0},
+        )
+        for layout in ("sd3", "sd3.5")
+    },
 }
 SIZES = [(32, 32), (24, 40)]
 
@@ -239,7 +250,7 @@ def wishes(case: Case) -> list[dict[str, Any]]:
     """What requests of one batch ask for: other accelerators, lengths of prompt, sizes, steps, seeds."""
     return [
         {"prompt": "a ring", "num_inference_steps": 5},
-        {"acceleration": DeltaDiT(interval=2, blocks=3, boundary=3, order=1), "num_inference_steps": 6},
+        {"acceleration": DeltaDiT(interval=2, blocks=2, boundary=3, order=1), "num_inference_steps": 6},
         {"prompt": "", "acceleration": Forecast(interval=3), "num_inference_steps": 7},
         {"acceleration": DeltaDiT(interval=3, blocks=2, boundary=0), "num_inference_steps": 4, "width": 24},
         {"acceleration": [Forecast(evaluations=4, order=2), DeltaDiT(blocks=1)], "num_inference_steps": 9},
