@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
@@ -24,14 +27,21 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
+from tokenizers import pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -42,7 +52,7 @@ from models.shapes.tokenizers import clip_tokenizer, t5_tokenizer
 LAYOUTS = ("sd", "sd2", "sdxl", "dit", "pixart-alpha", "pixart-sigma")
 TEXT_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "dit")
 UNETS = ("sd", "sd2", "sdxl")
-JOINT = ("flux-dev", "flux-schnell", "sd3", "sd3.5")
+JOINT = ("flux-dev", "flux-schnell", "sd3", "sd3.5", "klein-base", "klein", "z-image")
 """Transformers over text and image tokens, under flow matching; their sizes are said beside them."""
 
 
@@ -239,6 +249,83 @@ def _sd3(**options: Any) -> StableDiffusion3Pipeline:
     )
 
 
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {piece: index for index, piece in enumerate([*letters, *special])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=special[1:])
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+        "{% if not enable_thinking %}.{% endif %}"
+    )
+    return tokenizer
+
+
+def _qwen(layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(_qwen_tokenizer()),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+
+
+def _klein(distilled: bool) -> Flux2KleinPipeline:
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=32,
+    )
+    torch.nn.init.normal_(vae.bn.running_mean, std=0.3)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    return Flux2KleinPipeline(
+        scheduler=_flow_scheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(_qwen(28)),
+        tokenizer=_qwen_tokenizer(),
+        transformer=transformer,
+        is_distilled=distilled,
+    )
+
+
+def _z_image() -> ZImagePipeline:
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=4,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[128, 32, 32],
+    )
+    return ZImagePipeline(
+        scheduler=_flow_scheduler(),
+        vae=_vae(shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=Qwen3Model(_qwen(2)),
+        tokenizer=_qwen_tokenizer(),
+        transformer=transformer,
+    )
+
+
 _MAKERS: dict[str, Any] = {
     "sd": _sd,
     "sd2": lambda: _sd(
@@ -254,6 +341,9 @@ _MAKERS: dict[str, Any] = {
     "dit": _dit,
     "flux-dev": lambda: _flux(guidance=True),
     "flux-schnell": lambda: _flux(guidance=False),
+    "klein-base": lambda: _klein(distilled=False),
+    "klein": lambda: _klein(distilled=True),
+    "z-image": _z_image,
     "sd3": _sd3,
     "sd3.5": lambda: _sd3(num_layers=4, dual_attention_layers=(0, 2), qk_norm="rms_norm"),
     "pixart-alpha": lambda: _pixart(sigma=False),
@@ -279,7 +369,7 @@ def save_pipeline(layout: str, directory: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.05)
     pipeline.save_pretrained(directory / layout, safe_serialization=True)
     if layout in JOINT:
-        tokens = 48 if layout.startswith("sd3") else 24
+        tokens = {"sd3": 48, "sd3.5": 48, "z-image": 64}.get(layout, 24)
         said = {"native_width": 32, "native_height": 32, "max_sequence_length": tokens}
         (directory / layout / "slipstream.json").write_text(json.dumps(said))
     return directory / layout

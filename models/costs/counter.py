@@ -166,7 +166,7 @@ class Counts:
             row.role = "unconditional"
         rows = [partner, row] if twin else [row]
         x, t, conditioning = self._inputs(len(rows))
-        h, inputs, _ = network.begin(x, t, conditioning)
+        h, inputs, _ = network.begin(x, t, conditioning, rows)
         for entry in (entry for one in reads.values() for entry in one.entries):
             shape = network.sites.shape(entry[0], *self._size) if entry[0].kind == "residual" else tuple(h.shape[1:])
             store.write([(row.memory, entry)], torch.empty(1, *shape, device="meta"))
@@ -183,7 +183,7 @@ class Counts:
         every = blocks(0, network.depth)
         entry = (Feature(every, "effect"), 0)
         row = Row(RowPlan(1, {every: Reading(Recall(), (entry,), (1.0,))}), "conditional", self)
-        shape = network.begin(x, t, conditioning)[0].shape[1:]
+        shape = network.begin(x, t, conditioning, [row])[0].shape[1:]
         store.write([(row.memory, entry)], torch.empty(1, *shape, device="meta"))
         return self._count(lambda: network.forward(x, t, conditioning, [row], store))
 
@@ -194,7 +194,7 @@ class Counts:
 
     def _inputs(self, rows: int) -> tuple[Tensor, Tensor, Conditioning]:
         config: Any = self._network.module.config
-        x = torch.empty(rows, self._counter.family.latent_channels(config), *self._size, device="meta")
+        x = torch.empty(rows, self._counter.family.input_channels(config), *self._size, device="meta")
         conditioning = self._counter.family.dummy(config, rows, self._text_tokens)
         return x, torch.empty(rows, device="meta"), conditioning
 

@@ -9,11 +9,13 @@ from models.errors import ModelLoadError
 from models.families.base import Family, Parts
 from models.families.dit import DIT
 from models.families.flux import FLUX
+from models.families.flux2 import FLUX2_KLEIN
 from models.families.pixart import PIXART
 from models.families.sd import SD
 from models.families.sd3 import SD3
 from models.families.sdxl import SDXL
 from models.families.unconditional import UNCONDITIONAL
+from models.families.z_image import Z_IMAGE
 
 REGISTRY: dict[str, Family] = {
     pipeline: family
@@ -24,6 +26,8 @@ REGISTRY: dict[str, Family] = {
         PIXART,
         SD3,
         FLUX,
+        FLUX2_KLEIN,
+        Z_IMAGE,
     )
     for pipeline in family.pipelines
 }

@@ -111,6 +111,10 @@ class Family(ABC):
         """Channels of the VAE's latents for a network with this config."""
         return int(config["in_channels"])
 
+    def input_channels(self, config: Mapping[str, Any]) -> int:
+        """Channels of what the network is given."""
+        return self.latent_channels(config)
+
     def pipeline(self, class_name: str) -> Any:
         """The class that reads the files."""
         return getattr(diffusers, class_name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from models.networks.joint_attention import JointAttention, Rope, Streams, insta
 from models.networks.mmdit import JointTransformer, Layout, pack, unpack
 from models.networks.sites import JointSites
 from models.request import Run
-from models.reuse.rows import Conditioning
+from models.reuse.rows import Conditioning, Row
 
 
 class FluxNetwork(JointTransformer):
@@ -36,7 +36,9 @@ class FluxNetwork(JointTransformer):
         )
         super().__init__(module, module.transformer_blocks, module.single_transformer_blocks, sites)
 
-    def begin(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, BlockInputs, Tensor]:
+    def begin(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]
+    ) -> tuple[Tensor, BlockInputs, Tensor]:
         """See `Transformer`."""
         image = self.module.x_embedder(pack(x))
         times = [t.to(x.dtype) / 1000]

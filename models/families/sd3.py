@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from models.networks.joint_attention import ImageAttention, ImageFirstAttention,
 from models.networks.mmdit import JointTransformer, Layout
 from models.networks.sites import JointSites
 from models.networks.transformer import unpatchify
-from models.reuse.rows import Conditioning
+from models.reuse.rows import Conditioning, Row
 from models.solvers.flow import FlowTimes
 
 
@@ -43,7 +43,9 @@ class SD3Network(JointTransformer):
         one: Any = self.blocks[block]
         return one.use_dual_attention, one.context_pre_only
 
-    def begin(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, BlockInputs, Tensor]:
+    def begin(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]
+    ) -> tuple[Tensor, BlockInputs, Tensor]:
         """See `Transformer`."""
         image = self.module.pos_embed(x).contiguous()
         embedded: Tensor = self.module.time_text_embed(t, conditioning["pooled_projections"])

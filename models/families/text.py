@@ -40,6 +40,12 @@ class TextFamily(Family):
         """Whether zeros stand for the negative prompt."""
         return False
 
+    def aligned(self, parts: Parts, rows: dict[Role, Conditioning]) -> dict[Role, Conditioning]:
+        """The rows of a run as they can share a forward. Raises a `RequestError` where they cannot."""
+        if UNCONDITIONAL in rows:
+            check_alike(rows[CONDITIONAL], rows[UNCONDITIONAL])
+        return rows
+
     def beside(self, parts: Parts, run: Run) -> Conditioning:
         """What every row of a run is conditioned on beside its text."""
         return {}
@@ -67,7 +73,7 @@ class TextFamily(Family):
             rows = {CONDITIONAL: self.encode(parts, [request.prompt or ""])[0]}
         if run.guided:
             rows[UNCONDITIONAL] = self._negative(parts, request, rows[CONDITIONAL])
-            check_alike(rows[CONDITIONAL], rows[UNCONDITIONAL])
+        rows = self.aligned(parts, rows)
         beside = self.beside(parts, run)
         return {role: {**row, **beside} for role, row in rows.items()}
 

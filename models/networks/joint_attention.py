@@ -55,7 +55,7 @@ class JointAttention(RowAttention):
 
     def __init__(self, path: str) -> None:
         super().__init__(path, reusable=True)
-        self.__dict__["__call__"] = _called
+        self.__dict__["__call__"] = _stub(type(self))
 
     def __call__(  # type: ignore[override]
         self,
@@ -132,14 +132,14 @@ class JointAttention(RowAttention):
         return [query if norm_q is None else norm_q(query), key if norm_k is None else norm_k(key), value]
 
     @staticmethod
-    def _attend(qkv: Sequence[Tensor], rope: Rope | None) -> Tensor:
+    def _attend(qkv: Sequence[Tensor], rope: Rope | None, mask: Tensor | None = None) -> Tensor:
         """The core [rows, tokens, heads * head_dim] of query, key and value [rows, tokens, heads, head_dim]."""
         query, key, value = qkv
         if rope is not None:
             query = apply_rotary_emb(query, rope, sequence_dim=1)
             key = apply_rotary_emb(key, rope, sequence_dim=1)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        core = F.scaled_dot_product_attention(query, key, value)
+        core = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return core.transpose(1, 2).flatten(2)
 
 
@@ -161,6 +161,18 @@ class ImageAttention(JointAttention):
 class FusedAttention(JointAttention):
     """Attention beside the block's MLP, with one projection in and one out for both."""
 
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rope | None = None,
+        rows: AttentionRows | None = None,
+    ) -> Tensor:
+        out = super().__call__(attn, hidden_states, None, attention_mask, image_rotary_emb, rows)
+        assert isinstance(out, Tensor)  # noqa: S101
+        return out
+
     def _both(
         self, attn: Any, x: Tensor, context: Tensor | None, rope: Rope | None, parts: tuple[Segment, ...]
     ) -> Tensor:
@@ -176,11 +188,61 @@ class FusedAttention(JointAttention):
         return out
 
 
-def _called() -> None:
+class ComplexRotaryAttention(JointAttention):
+    """One stream under complex rotations [rows, tokens, head_dim / 2] and masks [rows, tokens] of each row."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+        rows: AttentionRows | None = None,
+    ) -> Tensor:
+        run = self._outside_graphs if torch.compiler.is_compiling() and rows is not None else self._rotated
+        out: Tensor = run(attn, hidden_states, attention_mask, freqs_cis, rows)
+        return out
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _outside_graphs(self, *arguments: Any) -> Tensor:
+        return self._rotated(*arguments)
+
+    def _rotated(
+        self, attn: Any, x: Tensor, mask: Tensor | None, rotations: Tensor | None, rows: AttentionRows | None
+    ) -> Tensor:
+        def compute(positions: Sequence[int], parts: tuple[Segment, ...]) -> Tensor:
+            given = [x, rotations, mask]
+            if len(positions) < len(x):
+                assert rows is not None  # noqa: S101
+                assert rows.places is not None  # noqa: S101
+                given = [None if t is None else rows.places.take(t, positions) for t in given]
+            hidden, turns, seen = given
+            assert hidden is not None  # noqa: S101
+            assert turns is not None  # noqa: S101
+            qkv = self._heads(attn, "hidden", hidden, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), parts)
+            qkv = [_rotate(qkv[0], turns), _rotate(qkv[1], turns), qkv[2]]
+            core = self._attend(qkv, None, None if seen is None else seen[:, None, None])
+            out: Tensor = attn.to_out[0](core)
+            self._adapt("core", core, {"to_out.0": out}, parts)
+            return out
+
+        return by_rows(rows, len(x), compute)
+
+
+def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Queries or keys [rows, tokens, heads, head_dim], turned; in single precision."""
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * rotations.unsqueeze(2)).flatten(3).type_as(x)
+
+
+def _stub(cls: type[JointAttention]) -> Callable[[], None]:
     """Stands for the bound `__call__` when diffusers asks, at every call, which arguments it takes."""
 
+    def called() -> None: ...
 
-_called.__signature__ = inspect.signature(JointAttention.__call__.__get__(object()))  # type: ignore[attr-defined]
+    called.__signature__ = inspect.signature(cls.__call__.__get__(object()))  # type: ignore[attr-defined]
+    return called
 
 
 def install_joint(network: nn.Module, choose: Callable[[str, str], type[JointAttention] | None]) -> None:

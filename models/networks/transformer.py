@@ -43,7 +43,9 @@ class Transformer(ABC):
         self.sites = sites
 
     @abstractmethod
-    def begin(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, BlockInputs, Tensor]:
+    def begin(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]
+    ) -> tuple[Tensor, BlockInputs, Tensor]:
         """From latents x [rows, channels, height, width] at times t [rows]: the hidden states [rows, tokens, dim] in
         front of the first block, what every block takes, and what the head takes."""
 
@@ -78,8 +80,8 @@ class Transformer(ABC):
         order = sorted(range(len(rows)), key=lambda i: (*_zone(rows[i].plan), rows[i].plan.adapter or ""))
         x, t = places.take(x, order), places.take(t, order)
         conditioning = {name: places.take(value, order) for name, value in conditioning.items()}
-        h, inputs, embedded = self.begin(x, t, conditioning)
         rows = [rows[i] for i in order]
+        h, inputs, embedded = self.begin(x, t, conditioning, rows)
         if gates is None:
             h = self.run_blocks((0, self.depth), h, inputs, rows, store, places, {})
         else:
@@ -171,7 +173,9 @@ class DiT(Transformer):
         super().__init__(module, module.transformer_blocks, attentions, sites)
         self._positions: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
 
-    def begin(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, BlockInputs, Tensor]:
+    def begin(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]
+    ) -> tuple[Tensor, BlockInputs, Tensor]:
         """See `Transformer`."""
         h = self.embed(x)
         return (h, *self.conditions(h, t, conditioning))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
+from diffusers import FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline, ZImageImg2ImgPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -36,6 +36,11 @@ def patches(latents: Tensor) -> Tensor:
     """Latents as a pipeline packs them: four pixels a token."""
     n, c, h, w = latents.shape
     return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, 4 * c)
+
+
+def flat(latents: Tensor) -> Tensor:
+    """Latents as a pipeline packs them whose pixels are tokens."""
+    return latents.flatten(2).transpose(1, 2)
 
 
 def unpacked(latents: Tensor) -> Tensor:
@@ -85,6 +90,22 @@ CASES = {
         )
         for layout in ("sd3", "sd3.5")
     },
+    "klein-base": Case(
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 3.0},  # away from the empty prompt
+        pack=flat,
+        options={"max_sequence_length": 24},
+        unguided={"guidance_scale": 1.0},
+    ),
+    "klein": Case({"guidance_scale": 1.0}, pack=flat, options={"max_sequence_length": 24}),
+    "z-image": Case(
+        {"guidance_scale": 0.0},
+        {"guidance_scale": 2.0, "negative_prompt": NEGATIVE},
+        exact=True,
+        from_image=ZImageImg2ImgPipeline,
+        options={"max_sequence_length": 64},
+        unguided={"guidance_scale": 0.0},
+    ),
 }
 SIZES = [(32, 32), (24, 40)]
 
@@ -143,7 +164,7 @@ def test_text_to_image(
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
-@pytest.mark.parametrize("layout", CASES)
+@pytest.mark.parametrize("layout", [layout for layout, case in CASES.items() if case.guided])
 def test_guided(layout: str, width: int, height: int, backbone_of: Backbones, pipeline_of: Pipelines) -> None:
     case = CASES[layout]
     common = {"width": width, "height": height, "num_inference_steps": 3, **case.guided}
@@ -248,16 +269,21 @@ def test_what_is_not_understood_is_refused_at_loading(
 
 def wishes(case: Case) -> list[dict[str, Any]]:
     """What requests of one batch ask for: other accelerators, lengths of prompt, sizes, steps, seeds."""
-    return [
+    asked: list[dict[str, Any]] = [
         {"prompt": "a ring", "num_inference_steps": 5},
         {"acceleration": DeltaDiT(interval=2, blocks=2, boundary=3, order=1), "num_inference_steps": 6},
         {"prompt": "", "acceleration": Forecast(interval=3), "num_inference_steps": 7},
         {"acceleration": DeltaDiT(interval=3, blocks=2, boundary=0), "num_inference_steps": 4, "width": 24},
         {"acceleration": [Forecast(evaluations=4, order=2), DeltaDiT(blocks=1)], "num_inference_steps": 9},
-        {**case.guided, "acceleration": SelectiveGuidance(stop=0.5), "num_inference_steps": 4},
-        {**case.guided, "acceleration": [SelectiveGuidance(start=0.4), DeltaDiT(blocks=2)], "num_inference_steps": 6},
-        {**case.guided, "width": 24, "num_inference_steps": 3},
     ]
+    if case.guided:
+        late = [SelectiveGuidance(start=0.4), DeltaDiT(blocks=2)]
+        asked += [
+            {**case.guided, "acceleration": SelectiveGuidance(stop=0.5), "num_inference_steps": 4},
+            {**case.guided, "acceleration": late, "num_inference_steps": 6, "prompt": "a ring" * 9},
+            {**case.guided, "width": 24, "num_inference_steps": 3},
+        ]
+    return [{"prompt": PROMPT, **case.plain, **wish} for wish in asked]
 
 
 @pytest.mark.parametrize("stepping", ["exact", "batched"])
@@ -266,7 +292,7 @@ def test_alone_equals_mixed_and_staggered(
     layout: str, stepping: str, backbone_of: Backbones, batched_of: Backbones
 ) -> None:
     backbone = (backbone_of if stepping == "exact" else batched_of)(layout)
-    asked = [{"prompt": PROMPT, **wish} for wish in wishes(CASES[layout])]
+    asked = wishes(CASES[layout])
     requests = [Request(**{"seed": 20 + i, **wish}) for i, wish in enumerate(asked)]
     alone = [generate(backbone, [request])[0].latents for request in requests]
     waiting = [start(backbone, resolve(backbone.spec, backbone.scheduler_config, r)) for r in requests]

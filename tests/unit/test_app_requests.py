@@ -25,6 +25,7 @@ def test_defaults() -> None:
         "height": None,
         "num_inference_steps": None,
         "guidance_scale": None,
+        "true_cfg_scale": None,
         "seed": None,
         "num_images": 1,
         "scheduler": None,
