@@ -51,7 +51,7 @@ def macs(
     bare = unet_config or transformer_config
     adapters, plans = parse_named(adapter, "--adapter"), parse_named(plan, "--plan")
     source: Any = (
-        _read(bare)
+        read_config(bare)
         if bare is not None
         else load(str(model), device="cpu", dtype="float32", adapters=adapters, plans=plans, config=config)
     )
@@ -88,7 +88,8 @@ def macs(
     Console().print(table)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A diffusers config.json. Raises `BadParameter` for what is none."""
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -199,7 +199,7 @@ class Counts:
         return x, torch.empty(rows, device="meta"), conditioning
 
     def _count(self, forward: Any) -> int:
-        hidden: AbstractContextManager[Any] = nullcontext() if self._counter.attention_matmuls else _WithoutAttention()
+        hidden: AbstractContextManager[Any] = nullcontext() if self._counter.attention_matmuls else WithoutAttention()
         with _Flops(display=False) as counter, torch.inference_mode(), hidden:
             forward()
         return int(counter.get_total_flops()) // 2
@@ -227,7 +227,7 @@ class _NoTracker:
     def __exit__(self, *error: object) -> None: ...
 
 
-class _WithoutAttention(TorchFunctionMode):
+class WithoutAttention(TorchFunctionMode):
     """Passes values through where attention would weigh them: the papers do not count its two products."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -83,7 +83,7 @@ def macs(
         family, loras = of_network(model), {}
         text_tokens = family.usual_text_tokens
         counter = MacCounter(model, attention_matmuls, family=family)
-        spec, scheduler_config = _bare_spec(family, counter.network), _bare_scheduler(family)
+        spec, scheduler_config = bare_spec(family, counter.network), bare_scheduler(family)
     request = least_request(
         spec,
         acceleration=acceleration,
@@ -103,13 +103,13 @@ def macs(
     return MacReport(row, steps, sum(steps), plain, counter.parameters)
 
 
-def _bare_scheduler(family: Family) -> Any:
+def bare_scheduler(family: Family) -> Any:
     if family.flow is None:
         return DDIMScheduler().config
     return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config
 
 
-def _bare_spec(family: Family, network: Network) -> ModelSpec:
+def bare_spec(family: Family, network: Network) -> ModelSpec:
     full: Any = network.module.config
     facts: dict[str, Any] = {
         "latent_channels": family.latent_channels(full),
