@@ -98,7 +98,9 @@ class Metrics:
         self.prompt_bytes = gauge("prompt_cache_bytes", "Encoded prompts that are kept for the next time.")
         self.feature_bytes = gauge("feature_memory_bytes", "Features remembered between steps.", "model")
         self.out_of_memory = counter("out_of_memory_total", "Times the device had no memory left.")
-        self.weight_bytes = gauge("model_weight_bytes", "Weights on the device.", "model", "part")
+        self.weight_bytes = gauge(
+            "model_weight_bytes", "Weights on the device, by part: base, text_encoder, adapter.", "model", "part"
+        )
         self.load_seconds = gauge("model_load_duration_seconds", "Time to load a model.", "model")
         self.ready = gauge("ready", "1 where new work is taken.")
         self.jobs = gauge("jobs", "Jobs in the store.", "status")

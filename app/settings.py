@@ -49,6 +49,7 @@ class Settings(BaseSettings):
         description="Schedulers' own steps, or a whole tick's by tables; auto: exact in float32 on a CPU.",
     )
     compile: bool = Field(False, description="Compile the network's repeated blocks with torch.compile.")
+    offload_text_encoders: bool = Field(False, description="Keep text encoders on the host between uses.")
     torch_threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of an operator; 0: as many as cores are free at start."
     )

@@ -117,9 +117,15 @@ class Backbone:
                     part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def weight_bytes(self) -> int:
-        """Bytes of the base weights: network, text encoders and VAE."""
-        modules = (self.network.module, self.parts.vae, *self.parts.encoders())
-        return sum(p.nbytes for module in modules for p in module.parameters())
+        """Bytes of the base weights on the device: network, text encoders and VAE."""
+        modules = (self.network.module, self.parts.vae)
+        return sum(p.nbytes for module in modules for p in module.parameters()) + self.encoder_bytes()
+
+    def encoder_bytes(self) -> int:
+        """Those of them that are the text encoders', while these are on the device between uses."""
+        if self.parts.offload:
+            return 0
+        return sum(p.nbytes for module in self.parts.encoders() for p in module.parameters())
 
     def adapter_bytes(self) -> int:
         """Bytes that the adapters add."""

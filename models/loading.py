@@ -46,6 +46,7 @@ def load(
     config: str | Path | None = None,
     compile: bool = False,
     stepping: Stepping | Literal["auto"] = "auto",
+    offload_text_encoders: bool = False,
 ) -> Backbone:
     """Load a model: a bundled name, a directory in diffusers' layout, a hub id, or one `.safetensors` file.
 
@@ -56,6 +57,7 @@ def load(
     trajectories of a tick together, latents in float32; `auto` is exact on a CPU in float32 and above, else batched.
     `config`, for a single file: a directory in diffusers' layout with the configs and tokenizers of its family.
     `compile` compiles the repeated blocks (torch.compile, any batch size); what differs by row stays out of the graphs.
+    `offload_text_encoders` keeps them on the host and has them on the device only while they encode.
     Raises `ModelLoadError` where the files are not a servable model, with the config key that is not implemented, and
     for a `dtype` or `stepping` that there is not.
     """
@@ -72,7 +74,8 @@ def load(
     overrides |= {n: None for n in family.optional if n in index and not (source.directory / n).is_dir()}
     if depth is not None:
         overrides[family.part] = _in_part(family, source, known, depth, dtype)
-    pipeline = _read(family, source, str(index["_class_name"]), dtype, overrides).to(device)
+    pipeline = _read(family, source, str(index["_class_name"]), dtype, overrides)
+    _place(pipeline, device, offload_text_encoders)
     module = getattr(pipeline, family.part).eval()
     module.requires_grad_(False)
     family.check_latents(module.config, pipeline.vae.config.latent_channels)
@@ -89,7 +92,7 @@ def load(
     measured = {**_found(source.directory, "profiles", ".json"), **(profiles or {})}
     how: Stepping = stepping if stepping != "auto" else auto_stepping(device, dtype)
     text_tokens = extras.get("max_sequence_length") or family.text_tokens(pipeline)
-    parts = Parts(pipeline, module.config, device, dtype, text_tokens)
+    parts = Parts(pipeline, module.config, device, dtype, text_tokens, offload=offload_text_encoders)
     spec = _spec(short_name(name), family, digest, network, parts, extras, how).with_extras(
         {n: lora.info for n, lora in loras.items()},
         {n: p if isinstance(p, Plan) else Plan.load(p) for n, p in files.items()},
@@ -175,6 +178,12 @@ def _read(family: Family, source: _Source, class_name: str, dtype: torch.dtype, 
     _check_complete(pipeline, source)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _place(pipeline: Any, device: torch.device, offload_text_encoders: bool) -> None:
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and not (offload_text_encoders and name.startswith("text_encoder")):
+            part.to(device)
 
 
 def _check_complete(pipeline: Any, source: _Source) -> None:

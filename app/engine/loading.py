@@ -37,7 +37,9 @@ def warm_all(backbones: Mapping[str, Backbone], settings: Settings, metrics: Met
     """Run each model once, and return how many rows each of its ticks may have."""
     caps = {}
     for name, backbone in backbones.items():
-        metrics.weight_bytes.labels(name, "base").set(backbone.weight_bytes())
+        encoders = backbone.encoder_bytes()
+        metrics.weight_bytes.labels(name, "base").set(backbone.weight_bytes() - encoders)
+        metrics.weight_bytes.labels(name, "text_encoder").set(encoders)
         metrics.weight_bytes.labels(name, "adapter").set(backbone.adapter_bytes())
         caps[name] = _warm(name, backbone, settings, pace)
         _count(name, backbone)
@@ -67,6 +69,7 @@ def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
         depth=settings.blocks(short),
         stepping=settings.stepping,
         compile=settings.compile,
+        offload_text_encoders=settings.offload_text_encoders,
     )
     if device.type == "cpu":
         keep_freed_memory()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -35,6 +36,8 @@ class Parts:
     dtype: torch.dtype
     text_tokens: int = 0  # of a padded prompt
     prompts: PromptCache = field(default_factory=PromptCache)
+    offload: bool = False
+    """Whether text encoders are on the host between uses."""
 
     @property
     def vae(self) -> Any:
@@ -45,6 +48,20 @@ class Parts:
         """The text encoders that the pipeline has."""
         names = (name for name in self.pipeline.components if name.startswith("text_encoder"))
         return [encoder for name in names if (encoder := getattr(self.pipeline, name)) is not None]
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Have the text encoders on the device for as long as this lasts."""
+        if not self.offload:
+            yield
+            return
+        try:
+            for encoder in self.encoders():
+                encoder.to(self.device)
+            yield
+        finally:
+            for encoder in self.encoders():
+                encoder.to("cpu")
 
 
 class Family(ABC):

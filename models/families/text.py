@@ -61,7 +61,12 @@ class TextFamily(Family):
 
     def encode(self, parts: Parts, texts: Sequence[str]) -> list[Conditioning]:
         """See `Family`; what was encoded lately is not encoded again."""
-        return parts.prompts.encode(texts, lambda missing: self.encode_texts(parts, missing))
+
+        def encode(missing: list[str]) -> Conditioning:
+            with parts.encoding():
+                return self.encode_texts(parts, missing)
+
+        return parts.prompts.encode(texts, encode)
 
     def conditioning(self, parts: Parts, run: Run) -> dict[Role, Conditioning]:
         """See `Family`."""

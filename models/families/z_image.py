@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,7 @@ from models.networks.gated_blocks import BlockInputs
 from models.networks.joint_attention import ComplexRotaryAttention, install_joint
 from models.networks.sites import JointSites
 from models.networks.transformer import Transformer, unpatchify
+from models.request import Run
 from models.reuse.plans import Role
 from models.reuse.rows import Conditioning, Row, segments
 
@@ -196,6 +200,14 @@ class ZImage(JointFamily):
         [caption] = super().given(parts, embeds, mask, pooled).values()
         return {"caption": caption, "caption_tokens": torch.tensor([caption.shape[1]])}
 
+    def group(self, parts: Parts, run: Run) -> Hashable:
+        """See `Family`; the length of the longest prompt, and whether the other's is another."""
+        request, lengths = run.request, [_length(parts, text) for text in self.prompts(parts, run)]
+        given = (request.prompt_embeds, request.negative_prompt_embeds if run.guided else None)
+        lengths += [embeds.shape[1] for embeds in given if embeds is not None]
+        padded = {length + -length % MULTIPLE for length in lengths}
+        return max(padded), len(padded) > 1
+
     def aligned(self, parts: Parts, rows: dict[Role, Conditioning]) -> dict[Role, Conditioning]:
         """See `TextFamily`; the rows of a run are of one length, that of its longest prompt. Where that is not the
         other's, some tokens are not attended to: those runs are of a group of their own, alone or together."""
@@ -217,6 +229,21 @@ class ZImage(JointFamily):
             "caption": torch.empty(rows, text_tokens, self.text_dim(config), device="meta"),
             "caption_tokens": torch.empty(rows, dtype=torch.long, device="meta"),
         }
+
+
+_TOKENIZERS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_COUNTING = Lock()
+
+
+def _length(parts: Parts, text: str) -> int:
+    """Tokens of a prompt. The tokenizer is a copy, as one cannot serve this thread and the engine's at once."""
+    with _COUNTING:
+        if parts.pipeline not in _TOKENIZERS:
+            _TOKENIZERS[parts.pipeline] = copy.deepcopy(parts.pipeline.tokenizer)
+        tokenizer = _TOKENIZERS[parts.pipeline]
+        message = [{"role": "user", "content": text}]
+        said = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+        return min(len(tokenizer(said).input_ids), parts.text_tokens)
 
 
 Z_IMAGE = ZImage()

@@ -216,6 +216,50 @@ def test_batched_stepping(
     assert float((exact - batched).abs().max()) <= 1e-5 * float(exact.abs().max())
 
 
+# Text encoders
+
+
+@pytest.mark.parametrize("layout", ["flux-dev", "sd3", "klein-base", "z-image"])
+def test_prompts_encoded_together_are_those_encoded_alone(layout: str, backbone_of: Backbones) -> None:
+    backbone = backbone_of(layout)
+    texts = [f"a{' large' * i} red ring {i}" for i in range(4)]
+    case = CASES[layout]
+    runs = [resolve(backbone.spec, backbone.scheduler_config, Request(prompt=t, **case.guided)) for t in texts]
+    backbone.parts.prompts.release()
+    alone = [backbone.conditioning(run) for run in runs]
+    backbone.parts.prompts.release()
+    backbone.prepare(runs)
+    for one, run in zip(alone, runs, strict=True):
+        together = backbone.conditioning(run)
+        assert one.keys() == together.keys()
+        for role, tensors in one.items():
+            for name, tensor in tensors.items():
+                assert torch.allclose(tensor.double(), together[role][name].double(), rtol=1e-5, atol=1e-5)
+    other = alone[0]["conditional"]
+    assert any(not torch.equal(t, alone[1]["conditional"][name]) for name, t in other.items())
+
+
+def test_text_encoders_that_are_on_the_device_only_while_they_encode(
+    pipeline_dir: Callable[[str], Path], backbone_of: Backbones, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = str(pipeline_dir("sd3"))
+    backbone = load(directory, device="cpu", dtype="float32", offload_text_encoders=True)
+    assert backbone.encoder_bytes() == 0
+    assert backbone.weight_bytes() == backbone_of("sd3").weight_bytes() - backbone_of("sd3").encoder_bytes()
+    moves: list[tuple[str, object]] = []
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        encoder = getattr(backbone.parts.pipeline, name)
+        monkeypatch.setattr(encoder, "to", lambda place, name=name: moves.append((name, place)))
+    request = Request(prompt=PROMPT, seed=3, num_inference_steps=2)
+    [ours], [plain] = (generate(one, [request]) for one in (backbone, backbone_of("sd3")))
+    assert torch.equal(ours.latents, plain.latents)
+    names = ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    once = [(name, place) for place in (torch.device("cpu"), "cpu") for name in names]
+    assert moves == once * 2  # the prompt and the empty negative one
+    generate(backbone, [request])
+    assert moves == once * 2  # known prompts need no encoder
+
+
 # What does not fit
 
 

@@ -585,10 +585,13 @@ def test_weights_are_told_apart_in_bytes_and_loading_in_seconds(
         for s in family.samples
         if s.name.startswith("slipstream_model_")
     }
+    encoder = tensor_bytes(pipeline_dir("sd") / "text_encoder")
     assert found == {
-        ("weight_bytes", "sd", "base"): tensor_bytes(pipeline_dir("sd")),
+        ("weight_bytes", "sd", "base"): tensor_bytes(pipeline_dir("sd")) - encoder,
+        ("weight_bytes", "sd", "text_encoder"): encoder,
         ("weight_bytes", "sd", "adapter"): tensor_bytes(small) + tensor_bytes(large),
         ("weight_bytes", "dit", "base"): tensor_bytes(pipeline_dir("dit")),
+        ("weight_bytes", "dit", "text_encoder"): 0,
         ("weight_bytes", "dit", "adapter"): 0,
         ("load_duration_seconds", "sd"): 7.5,
         ("load_duration_seconds", "dit"): 2.25,

@@ -153,6 +153,8 @@ class FakeBackbone:
         """No weights."""
         return 0
 
+    encoder_bytes = weight_bytes
+
     def adapter_bytes(self) -> int:
         """No adapters."""
         return 0

@@ -205,15 +205,18 @@ def test_the_weights_of_every_model_are_reported(backbone_of: Backbones, student
             "slipstream_model_weight_bytes", {"model": model, "part": part}
         )
         for model in ("plain", "taught")
-        for part in ("base", "adapter")
+        for part in ("base", "text_encoder", "adapter")
     }
     assert found == {
-        ("plain", "base"): plain.weight_bytes(),
+        ("plain", "base"): plain.weight_bytes() - plain.encoder_bytes(),
+        ("plain", "text_encoder"): plain.encoder_bytes(),
         ("plain", "adapter"): 0,
-        ("taught", "base"): taught.weight_bytes(),
+        ("taught", "base"): taught.weight_bytes() - taught.encoder_bytes(),
+        ("taught", "text_encoder"): taught.encoder_bytes(),
         ("taught", "adapter"): taught.adapter_bytes(),
     }
     assert taught.adapter_bytes() > 0
+    assert 0 < taught.encoder_bytes() < taught.weight_bytes()
 
 
 @pytest.fixture
@@ -275,6 +278,7 @@ def test_every_model_gets_its_own_files(calls: list[tuple[str, dict[str, Any]]])
     assert list(backbones) == ["one", "two"]
     assert caps == {"one": 2, "two": 2}
     common = {"device": torch.device("cpu"), "dtype": "float32", "compile": True, "stepping": "batched"}
+    common |= {"offload_text_encoders": False}
     one: dict[str, Any] = {
         "adapters": {"first": Path("/a/first")},
         "plans": {n: Path(f"/p/{n}.json") for n in ("D1", "D2")},
