@@ -152,6 +152,7 @@ class Counts:
         key = ("block", reuse, recalled, residuals, lora, alike)
         return self._cached(key, lambda: self._one_block(plan, block, lora))
 
+    @torch.inference_mode()
     def _one_block(self, plan: RowPlan, block: int, lora: Lora | None) -> int:
         """One row through one block. A twin needs its conditional row in the batch, which is taken off again."""
         assert isinstance(self._network, Transformer)  # noqa: S101
@@ -175,6 +176,7 @@ class Counts:
             return both
         return both - self._block(partner.plan, block, None)
 
+    @torch.inference_mode()
     def _frame(self) -> int:
         """Everything of a transformer outside its blocks."""
         x, t, conditioning = self._inputs(1)

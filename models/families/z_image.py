@@ -65,6 +65,7 @@ class ZImageNetwork(Transformer):
             int(config.n_heads),
             int(config.dim // config.n_heads),
             multiple=MULTIPLE,
+            probes_image=False,
         )
         super().__init__(module, module.layers, [block.attention for block in module.layers], sites)
 

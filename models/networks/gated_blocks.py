@@ -51,6 +51,9 @@ class Blocks(Protocol):
     def modulated(self, number: int, h: Tensor, inputs: BlockInputs) -> Tensor:
         """What the attention of block `number` sees of hidden states h [rows, tokens, dim]: normalised, modulated."""
 
+    def probed(self, h: Tensor, inputs: BlockInputs) -> Tensor:
+        """What of hidden states a gate looks at."""
+
 
 @dataclass(eq=False, slots=True)
 class _Part:
@@ -121,4 +124,6 @@ def _run_to_gate(network: Blocks, part: _Part, store: FeatureStore, places: Plac
             probe = probe - places.take(before, members)
         elif kind == "modulated":
             probe = network.modulated(part.start, probe, part.inputs.take(places, members))
+        if kind != "modulated":
+            probe = network.probed(probe, part.inputs)
         gates.offer([part.rows[i] for i in members], probe)

@@ -57,6 +57,10 @@ class JointTransformer(Transformer):
         self.joint_blocks = len(joint)
         self.positions = Positions()
 
+    def probed(self, h: Tensor, inputs: BlockInputs) -> Tensor:
+        """See `Blocks`; the image's tokens, as in diffusers' hooks."""
+        return h[:, inputs.shared.text :]
+
     def kind(self, block: int) -> Hashable:
         """See `Transformer`."""
         return block < self.joint_blocks

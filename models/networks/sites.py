@@ -140,6 +140,8 @@ class JointSites(TransformerSites):
 
     text_tokens: int = 0
     multiple: int = 1
+    probes_image: bool = True
+    """Whether gates look at the image's tokens alone."""
 
     def understands(self, site: Site) -> frozenset[str]:
         """See `Sites`."""
@@ -151,4 +153,5 @@ class JointSites(TransformerSites):
         if feature.site == OUTPUT:
             return self.latent_channels, height, width
         tokens = (height // self.patch_size) * (width // self.patch_size)
-        return tokens + -tokens % self.multiple + self.text_tokens, self.dim
+        text = 0 if feature.kind == "probe" and self.probes_image else self.text_tokens
+        return tokens + -tokens % self.multiple + text, self.dim

@@ -61,6 +61,10 @@ class Transformer(ABC):
         """What the attention of block `number` sees of hidden states h [rows, tokens, dim]: normalised, modulated."""
         raise NotImplementedError(f"{type(self).__name__} has no gate on modulated inputs")
 
+    def probed(self, h: Tensor, inputs: BlockInputs) -> Tensor:
+        """See `Blocks`."""
+        return h
+
     def kind(self, block: int) -> Hashable:
         """Equal for blocks that cost the same."""
         return 0
