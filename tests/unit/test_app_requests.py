@@ -26,6 +26,7 @@ def test_defaults() -> None:
         "num_inference_steps": None,
         "guidance_scale": None,
         "true_cfg_scale": None,
+        "quality": None,
         "seed": None,
         "num_images": 1,
         "scheduler": None,
