@@ -111,24 +111,26 @@ def line(name: str, drawn: Drawn, plain: Drawn) -> dict[str, object]:
 def forecasts(captions: Captions, profile: Profile) -> list[dict[str, object]]:
     """For each number of evaluations the best forecasts by both references, and the two controls."""
     plain = captions.run(captions.scheduler, captions.steps)
-    rows = [line("plain", plain, plain) | {"over same solver": "", "over unipc": "", "over plain, to converged": ""}]
+    empty = {"promised": "", "over same solver": "", "over unipc": "", "over plain, to converged": ""}
+    rows = [line("plain", plain, plain) | empty]
     for count in EVALUATIONS:
         same, best = captions.run(captions.scheduler, count), captions.run(BEST_SOLVER, count)
         picks: dict[str, Likeness] = {}
         for to in ("converged", "plain"):
             picks[chosen(profile, count, to).name] = to
         for name, to in picks.items():
-            mine = captions.candidate(profile.by_name[name])
+            promised = profile.by_name[name]
+            mine = captions.candidate(promised)
             rows.append(
                 line(f"`{name}` (for {to})", mine, plain)
                 | {
+                    "promised": f"{promised.psnr.mean:.1f}, {promised.psnr_converged.mean:.1f}",
                     "over same solver": f"{paired(mine.to_plain, same.to_plain)} plain, "
                     f"{paired(mine.to_converged, same.to_converged)} conv.",
                     "over unipc": f"{paired(mine.to_converged, best.to_converged)} conv.",
                     "over plain, to converged": paired(mine.to_converged, plain.to_converged),
                 }
             )
-        empty = {"over same solver": "", "over unipc": "", "over plain, to converged": ""}
         for solver, control in {captions.scheduler: same, BEST_SOLVER: best}.items():
             rows.append(line(f"↳ *{count} plain steps of {solver}*", control, plain) | empty)
     return rows
