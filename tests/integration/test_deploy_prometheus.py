@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from tests.deploy import DEPLOY, dashboard_queries, free_port, get, post, process, until
 
@@ -28,6 +28,7 @@ MODES: list[Any] = [
     None,
     {"mode": "deepcache", "interval": 2},
     [{"mode": "deepcache", "interval": 3}, {"mode": "selective_guidance", "stop": 0.5}],
+    {"mode": "adaptive_deepcache", "threshold": 100},
 ]
 
 
@@ -52,8 +53,9 @@ def load(base: str) -> set[int]:
 
 @pytest.fixture(scope="module")
 def card() -> Iterator[str]:
-    """A stand-in for the series that only a server with a GPU has."""
+    """A stand-in for the series that only a server with a GPU has, or with a profile."""
     registry = CollectorRegistry()
+    Counter("slipstream_auto_choices", "c", ["model", "candidate"], registry=registry).labels("sd", "unipc-8").inc()
     for kind, size in (("allocated", 8), ("reserved", 10), ("peak", 9), ("used", 12), ("total", 80)):
         gauge = Gauge(f"slipstream_gpu_memory_{kind}_bytes", kind, ["device"], registry=registry)
         gauge.labels("0").set(size * 2**30)
