@@ -66,7 +66,7 @@ def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbon
         description=DESCRIPTION,
         version=distribution_version(),
         lifespan=lifespan,
-        middleware=_middleware(settings, metrics, bodies),
+        middleware=_middleware(settings, metrics, bodies, lambda: engine.state not in ("loading", "ready")),
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
@@ -115,9 +115,9 @@ def _loader(settings: Settings, metrics: Metrics, backbones: Mapping[str, Backbo
     return lambda pace: (backbones, warm_all(backbones, settings, metrics, pace))
 
 
-def _middleware(settings: Settings, metrics: Metrics, bodies: Bodies) -> list[Middleware]:
+def _middleware(settings: Settings, metrics: Metrics, bodies: Bodies, ending: Callable[[], bool]) -> list[Middleware]:
     """Outermost first."""
-    stack = [Middleware(Observe, metrics=metrics, cors=bool(settings.cors_origins)), Middleware(Head)]
+    stack = [Middleware(Observe, metrics=metrics, cors=bool(settings.cors_origins), ending=ending), Middleware(Head)]
     if settings.cors_origins:
         exposed = ["X-Request-Id", "Retry-After", *(f"X-Slipstream-{name}" for name in ("Id", "Seed", "Model"))]
         stack.append(

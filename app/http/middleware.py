@@ -8,7 +8,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -50,9 +50,10 @@ def route_path(scope: Scope) -> str:
 class Observe:
     """Outermost: takes or makes the request id, answers what nobody caught, counts and logs every request once."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, cors: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, cors: bool, ending: Callable[[], bool] = lambda: False) -> None:
         self._app = app
         self._metrics = metrics
+        self._ending = ending
         self._headers = {k: v for k, v in SAFE_HEADERS.items() if not (cors and k == "Cross-Origin-Resource-Policy")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,7 +82,11 @@ class Observe:
 
         try:
             await self._app(scope, receive, observed)
-        except asyncio.CancelledError:  # only the end of the process cancels; whoever did has nothing to wait for
+        except asyncio.CancelledError:
+            if not self._ending():
+                record.failed(ClientGone("whoever called cancelled the request"))
+                raise
+            # The end of the process, which has nothing to wait for: the client has its answer instead.
             record.failed(Draining("the server was shut down before this request was done", retry_after=1))
             if not started:
                 await answer(Draining(record.error, retry_after=1))(scope, receive, observed)

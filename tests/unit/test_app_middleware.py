@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from typing import Any
@@ -157,6 +158,26 @@ async def test_what_breaks_after_its_start_is_not_answered_twice(lines: Lines) -
         await Observe(half, Metrics(), cors=False)(scope, receive, send)
         assert [message["type"] for message in sent] == ["http.response.start"]
         assert lines.last["outcome"] == outcome
+
+
+@aio
+@pytest.mark.parametrize("ending", [False, True])
+async def test_a_cancelled_call_is_answered_only_at_the_end_of_the_process(ending: bool, lines: Lines) -> None:
+    async def waiting(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(3600)
+
+    app = Observe(waiting, Metrics(), cors=False, ending=lambda: ending)
+    call = asyncio.ensure_future(ask(app, "/generate"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    call.cancel()
+    if ending:
+        answer = await call
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+    else:
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert (lines.last["code"], lines.last["outcome"]) == ("client_gone", "cancelled")
 
 
 @aio
