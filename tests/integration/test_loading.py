@@ -57,8 +57,8 @@ def test_a_directory_that_is_no_pipeline(tmp_path: Path) -> None:
 
 def test_a_class_that_cannot_be_served(copied: Callable[[str], Path]) -> None:
     directory = copied("sd")
-    edit(directory / "model_index.json", _class_name="FluxPipeline")
-    with pytest.raises(ModelLoadError, match="FluxPipeline is not one of StableDiffusionPipeline"):
+    edit(directory / "model_index.json", _class_name="KandinskyPipeline")
+    with pytest.raises(ModelLoadError, match="KandinskyPipeline is not one of StableDiffusionPipeline"):
         load(str(directory))
 
 
