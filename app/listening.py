@@ -29,16 +29,31 @@ def listen(host: str, port: int) -> list[socket.socket]:
     except (socket.gaierror, UnicodeError) as error:
         raise CannotListen(f"host {host!r} is not known ({error}): choose another with --host") from error
     sockets: list[socket.socket] = []
+    missing: OSError | None = None
     try:
         for family, kind, protocol, _, address in dict.fromkeys(found):
-            one = socket.socket(family, kind, protocol)
+            try:
+                one = socket.socket(family, kind, protocol)
+            except OSError as error:
+                missing = error
+                continue
             sockets.append(one)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            one.bind(address)
+            try:
+                one.bind(address)
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise
+                missing = error  # a name may have an address of a kind that this machine does not speak
+                sockets.remove(one)
+                one.close()
+                continue
             one.listen(BACKLOG)
             one.setblocking(False)
+        if not sockets and missing is not None:
+            raise missing
     except OSError as error:
         for one in sockets:
             one.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from prometheus_client import Gauge
 from starlette.datastructures import Headers
@@ -64,9 +64,12 @@ class Bodies:
 
     def close(self) -> None:
         """The server drains: nobody waits for the rest of a body any more."""
+        if self.closed:  # whoever began since then waits for nothing
+            return
         self.closed = True
         for reading in self._reading:
-            reading.reschedule(0.0)
+            if not reading.expired():
+                reading.reschedule(0.0)
 
     async def read(self, receive: Receive, deadline: float) -> Message:
         """The next part of a body. Raises `RequestTimeout`, or `Draining` where that came between."""
@@ -149,6 +152,8 @@ class Intake:
             if not more:
                 return await receive()
             message = await self._bodies.read(receive, min(loop.time(), began + size / LEAST_RATE) + self._pause)
+            if message["type"] == "http.disconnect":
+                raise ClientGone("the client left before it had sent its body")
             more = message.get("more_body", False)
             size += len(message.get("body", b""))
             if size > most:
@@ -173,7 +178,7 @@ class Intake:
             if message["type"] == "http.disconnect":
                 raise ClientGone("the client left before it had sent its body")
             more = message.get("more_body", False)
-            part = unpack(message.get("body", b""), self._most - size, not more)
+            part = await unpack(message.get("body", b""), self._most - size, not more)
             size += len(part)
             if size > self._most:
                 raise _too_large(self._most)
@@ -181,10 +186,14 @@ class Intake:
             parts.append(part)
         return {"type": "http.request", "body": parts[0] if len(parts) == 1 else b"".join(parts), "more_body": False}
 
-    def _unpacker(self, encoding: str) -> Callable[[bytes, int, bool], bytes]:
+    def _unpacker(self, encoding: str) -> Callable[[bytes, int, bool], Awaitable[bytes]]:
         """What unpacks a part: at most one byte more than there is room for; the last part has to be the end."""
         if encoding == "identity":
-            return lambda data, room, last: data
+
+            async def same(data: bytes, room: int, last: bool) -> bytes:
+                return data
+
+            return same
         if encoding not in WINDOW_BITS:
             known = ", ".join(WINDOW_BITS)
             raise UnsupportedEncoding(f"Content-Encoding: {cut(encoding)!r} is not one of {known}")
@@ -199,7 +208,11 @@ class Intake:
                 raise Malformed(f"the body is not one whole {encoding}")
             return found
 
-        return unpack
+        async def apart(data: bytes, room: int, last: bool) -> bytes:
+            """A few bytes may become very many, which takes the loop too long."""
+            return await asyncio.to_thread(unpack, data, room, last)
+
+        return apart
 
 
 def _declared(scope: Scope) -> int:

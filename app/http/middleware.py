@@ -90,9 +90,10 @@ class Observe:
             record.failed(Draining("the server was shut down before this request was done", retry_after=1))
             if not started:
                 await answer(Draining(record.error, retry_after=1))(scope, receive, observed)
-        except OSError:
-            record.failed(ClientGone("the client left while it was being answered"))
-        except Exception:
+        except Exception as error:
+            if started and isinstance(error, OSError):
+                record.failed(ClientGone("the client left while it was being answered"))
+                return
             record.failed(Internal("an internal error; the server's log has it under this request's X-Request-Id"))
             REQUESTS.exception("unforeseen", extra={"facts": {"request_id": record.request_id}})
             if not started:

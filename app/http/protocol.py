@@ -14,6 +14,8 @@ from app.errors import Malformed, Overloaded, RequestTimeout, ServiceError
 from app.http.problems import body
 from app.metrics import Metrics
 
+STALL_SECONDS = 30.0
+"""A client that takes nothing of its answer for so long is cut off."""
 PROBES = (0.1, 1.0, 5.0)
 """Seconds between the words to a client that has closed its side: who is gone altogether is noticed at the second."""
 
@@ -61,6 +63,7 @@ class Protocol(H11Protocol):
         self.conn = Framing(h11.SERVER)
         self._gate = gate
         self._timer: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a head."""
@@ -72,6 +75,7 @@ class Protocol(H11Protocol):
         """Forget it."""
         super().connection_lost(exc)
         self._unwatch()
+        self._flows()
         self._gate.idle.pop(self, None)
 
     def data_received(self, data: bytes) -> None:
@@ -86,6 +90,34 @@ class Protocol(H11Protocol):
         super().on_response_complete()
         if not self.transport.is_closing():
             self._look()
+
+    def pause_writing(self) -> None:
+        """The client is slower than the answer."""
+        super().pause_writing()
+        self._stalls()
+
+    def resume_writing(self) -> None:
+        """It has taken most of it."""
+        super().resume_writing()
+        self._flows()
+
+    def _stalls(self) -> None:
+        if self._stall is None:
+            self._stall = self.loop.call_later(STALL_SECONDS, self._stalled, self.transport.get_write_buffer_size())
+
+    def _flows(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def _stalled(self, before: int) -> None:
+        """Go on waiting where the client took some; else give up what it never took."""
+        self._stall = None
+        if self.transport.get_write_buffer_size() < before:
+            self._stalls()
+        else:
+            self._gate.metrics.dropped.labels("slow").inc()
+            self.transport.abort()
 
     def _look(self) -> None:
         """Keep time where the client has to say something; not where we have."""
@@ -124,6 +156,8 @@ class Protocol(H11Protocol):
         self.connections.discard(self)
         self._gate.idle.pop(self, None)
         self.transport.close()
+        if self.transport.get_write_buffer_size():
+            self._stalls()
 
     def refuse(self, error: ServiceError) -> None:
         """Answer in our shape what never becomes a request, and close."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from app.errors import Impossible, StoreFailed, Unavailable
+from app.errors import Impossible, QueueFull, StoreFailed, Unavailable
 from app.http.problems import translate
 from app.http.record import Record
 from app.http.schemas.requests import ImagesRequest
@@ -70,7 +70,7 @@ class Driver:
         found = await call(self._batches.next_lines, row, AT_ONCE, self._settings.max_body_bytes)
         try:
             jobs = [await self._job(row, row["line"] + i, json.loads(line)) for i, (_, line) in enumerate(found)]
-        except Unavailable:
+        except (Unavailable, QueueFull):
             return
         if jobs:
             await call(self._batches.feed, row, jobs, found[-1][0])
@@ -86,7 +86,7 @@ class Driver:
             if row["endpoint"].endswith("edits") and asked.image is None:
                 raise Impossible("image: is required, as base64", param="image")
             new = await self._service.prepare(asked.plain(), row["owner"], Record(f"{row['id']}-{number}"), "batch")
-        except Unavailable:
+        except (Unavailable, QueueFull):
             raise
         except Exception as raised:
             if isinstance(raised, ValidationError):

@@ -45,7 +45,7 @@ async def test_taylorseer_and_magcache_are_answered_with_what_they_ran(student_o
     async with serving({"pixart": student_of("pixart-alpha")}) as served:
         modes: list[dict[str, Any]] = [
             {"mode": "taylorseer", "interval": 2, "warmup": 1},
-            {"mode": "magcache", "ratios": [1.0] * 25},
+            {"mode": "magcache", "ratios": [1.0] * 250},
             {"mode": "forecast", "steps": [0, 1, 4]},
         ]
         for mode in modes:

@@ -159,3 +159,15 @@ async def test_a_drain_waits_for_no_body() -> None:
     assert await slow == (503, "draining")
     assert await taken.post(None) == (503, "draining"), "nor for those that come later"
     assert await taken.post(b"whole") == (204, "")
+
+
+@aio
+async def test_a_drain_may_be_asked_for_in_every_turn_of_the_loop() -> None:
+    """A body that begins meanwhile has a time-out that is already over, which cannot be moved."""
+    taken = Taken(body_seconds=600)
+    taken.bodies.close()
+    slow = asyncio.ensure_future(taken.post(None))
+    for _ in range(20):
+        taken.bodies.close()
+        await asyncio.sleep(0)
+    assert await slow == (503, "draining")

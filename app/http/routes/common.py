@@ -35,9 +35,14 @@ def service_of(request: Request) -> Service:
 def client_of(request: Request) -> str:
     """Whose share of the device a request is served with: its key's where keys are asked for, else its address's."""
     if service_of(request).settings.api_keys:
-        key = request.headers.get("authorization", "")
-        return "key " + hashlib.sha256(key.encode()).hexdigest()[:16]
+        return f"key {digest_of_key(request)}"
     return "" if request.client is None else request.client.host
+
+
+def digest_of_key(request: Request) -> str:
+    """The same for every way to spell the header of one key."""
+    key = request.headers.get("authorization", "").partition(" ")[2].strip()
+    return hashlib.sha256(f"slipstream:{key}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 async def respond(

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Body, Header, Request
 from starlette.responses import Response
@@ -22,6 +23,8 @@ from app.http.schemas.responses import GenerationBody
 
 router = APIRouter(tags=["generate"], route_class=BodyRoute)
 QUALITY_VALUE = re.compile(r"[01](\.\d{0,3})?")
+HEADER_CHARACTERS = 2048
+"""Where what ran takes more, its lists of numbers are left out of the headers: proxies refuse long ones."""
 IMAGE = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -89,9 +92,13 @@ async def as_image(generation: Generation) -> Response:
     facts: dict[str, Any] = {"id": body.id, "created": body.created, "model": body.model}
     facts |= {"seed": generation.job.run.seeds[0], "width": body.width, "height": body.height}
     facts |= {"output_format": body.output_format, **body.usage.model_dump(), **body.timing.model_dump()}
-    facts["acceleration"] = json.dumps([a.model_dump(mode="json", by_alias=True) for a in body.acceleration])
-    facts["profile"] = None if body.profile is None else body.profile.model_dump_json()
-    headers = {"X-Slipstream-" + name.replace("_", "-").title(): str(v) for name, v in facts.items() if v is not None}
+    ran = [a.model_dump(mode="json", by_alias=True) for a in body.acceleration]
+    if len(json.dumps(ran)) > HEADER_CHARACTERS:
+        ran = [{name: v for name, v in a.items() if not isinstance(v, list | tuple)} for a in ran]
+    facts["acceleration"] = json.dumps(ran)
+    facts["profile"] = None if body.profile is None else json.dumps(body.profile.model_dump(mode="json"))
+    facts = {name: v if str(v).isascii() else quote(str(v)) for name, v in facts.items() if v is not None}
+    headers = {"X-Slipstream-" + name.replace("_", "-").title(): str(v) for name, v in facts.items()}
     return Response(data, media_type=MEDIA_TYPES[body.output_format], headers=headers)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +13,7 @@ from starlette.responses import Response
 from app.errors import Conflict, ServiceError, StoreOff
 from app.http.pictures import MEDIA_TYPES
 from app.http.problems import RESPONSES, body
-from app.http.routes.common import service_of
+from app.http.routes.common import digest_of_key, service_of
 from app.http.routes.generate import IMAGE, events
 from app.http.schemas.jobs import DeletedBody, JobBody, JobRequest, JobsBody, Status
 from app.http.schemas.responses import ErrorBody
@@ -58,8 +57,7 @@ def owner_of(request: Request) -> str:
     """Whose jobs a request may see: its key's, by a digest; everybody's are one where no key is asked for."""
     if not service_of(request).settings.api_keys:
         return ""
-    key = request.headers.get("authorization", "").partition(" ")[2].strip()
-    return hashlib.sha256(f"slipstream:{key}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return digest_of_key(request)
 
 
 Store = Annotated[Any, Depends(store_of)]
