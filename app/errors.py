@@ -196,6 +196,10 @@ class StoreFailed(ServiceError):
     code = "store_failed"
 
 
+class FileGone(StoreFailed):
+    """A file of the store is not there any more."""
+
+
 class StoreUnavailable(Unavailable):
     """The store is locked or cannot be reached."""
 

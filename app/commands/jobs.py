@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from app.commands.options import progress_bar
 
@@ -76,7 +77,7 @@ def listed(
     for row in rows:
         done = f"{100 * row['step'] // row['total_steps']} %" if row["total_steps"] else "-"
         body, accepted = row["body"], datetime.fromtimestamp(row["created_at"]).strftime("%d %b %H:%M:%S")
-        prompt = str(body.get("prompt", ""))[:60]
+        prompt = Text("".join(c if c.isprintable() else " " for c in str(body.get("prompt", ""))[:60]))
         table.add_row(row["id"], row["status"], done, accepted, body.get("model"), str(body.get("seed")), prompt)
     console = Console()
     console.print(table)

@@ -9,11 +9,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from app.errors import Conflict, NotFound, QueueFull
+from app.errors import Conflict, FileGone, NotFound, QueueFull, StoreFailed
+from app.http.problems import body as body_of
 from app.jobs.files import CONTENT, described
 from app.jobs.queue import OVER, Jobs, NewJob, count_where
 from app.jobs.store import PAGE, Row, Store, new_id
 from app.jobs.tables import BATCHES, FILES, JOBS
+from models.errors import cut
 
 ACTIVE = ("validating", "in_progress", "cancelling", "finalizing")
 MOST = 1000
@@ -165,8 +167,7 @@ class Batches:
             where = (BATCHES.c.id == row["id"], BATCHES.c.line == row["line"], BATCHES.c.status == "in_progress")
             update = sa.update(BATCHES).where(*where).values(line=row["line"] + len(jobs), offset=offset)
             if connection.execute(update).rowcount:
-                for job in jobs:
-                    self.jobs.insert(connection, job)
+                self.jobs.insert_all(connection, jobs)
 
     def cut(self, row: Row) -> bool:
         """Whether a line of a batch was cancelled."""
@@ -206,7 +207,13 @@ class Batches:
                     connection.execute(sa.insert(FILES).values(values))
             ended = {"status": status, "ended_at": self.store.clock(), "output_file_id": output_id}
             ended |= {"error_file_id": error_id, "completed": counts["completed"], "failed": counts["failed"]}
-            connection.execute(sa.update(BATCHES).where(BATCHES.c.id == row["id"]).values(ended))
+            mine = (
+                BATCHES.c.id == row["id"],
+                BATCHES.c.ended_at.is_(None),
+                BATCHES.c.lease_owner == row["lease_owner"],
+            )
+            if not connection.execute(sa.update(BATCHES).where(*mine).values(ended)).rowcount:
+                raise StoreFailed(f"batch {row['id']} is another server's meanwhile")
 
         written = {file_id: chunks for file_id, chunks in outputs.items() if chunks is not None}
         self.store.write(written, CONTENT, record)
@@ -231,9 +238,13 @@ class Batches:
             body = {**job["result"], "id": job["id"], "model": job["body"]["model"]}
             body["created"] = int(job["completed_at"])
             body["size"] = f"{body['width']}x{body['height']}"
-            body["data"] = [
-                {"b64_json": self._picture(job["id"], i), "seed": seed} for i, seed in enumerate(body.pop("seeds"))
-            ]
+            try:
+                body["data"] = [
+                    {"b64_json": self._picture(job["id"], i), "seed": seed} for i, seed in enumerate(body.pop("seeds"))
+                ]
+            except FileGone as lost:
+                yield answered(job["id"], job["custom_id"], lost.status, body_of(lost))
+                continue
             yield answered(job["id"], job["custom_id"], 200, body)
 
     def _picture(self, job_id: str, index: int) -> str:
@@ -282,20 +293,22 @@ def fault(line: bytes, endpoint: str, seen: set[str]) -> str | None:
     """What is wrong with a line of an input file. Notes its `custom_id` among the `seen`."""
     try:
         asked = json.loads(line)
-    except ValueError:
-        return "is not JSON"
+    except (ValueError, RecursionError):
+        return "is not JSON, or nested too deeply"
     if not isinstance(asked, dict) or not isinstance(asked.get("body"), dict):
         return "is not an object with custom_id, method, url and body"
     custom_id = asked.get("custom_id")
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= 512:
         return "custom_id must be text of 1 to 512 characters"
+    if "\0" in custom_id or any("\ud800" <= letter <= "\udfff" for letter in custom_id):
+        return "custom_id must be text: it has a character that is none"
     if custom_id in seen:
         return f"custom_id {custom_id!r} is there twice"
     seen.add(custom_id)
     if asked.get("method") != "POST" or asked.get("url") != endpoint:
         return f"method and url must be POST {endpoint}, as the batch's endpoint"
     if unknown := set(asked) - {"custom_id", "method", "url", "body"}:
-        return f"{min(unknown)!r} is not a known field"
+        return f"{cut(min(unknown))!r} is not a known field"
     return None
 
 

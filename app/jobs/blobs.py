@@ -102,12 +102,18 @@ class RowBlobs:
                 where = (BLOBS.c.owner_id == owner_id, BLOBS.c.name == name, BLOBS.c.part == part)
                 data = connection.execute(sa.select(BLOBS.c.data).where(*where)).scalar()
             if data is None:
-                if not found and offset == 0:
+                if not found and not self._has(engine, owner_id, name):
                     raise FileNotFoundError(name)
                 return
             found = True
             yield bytes(data)[skip:]
             part, skip = part + 1, 0
+
+    @staticmethod
+    def _has(engine: sa.Engine, owner_id: str, name: str) -> bool:
+        where = (BLOBS.c.owner_id == owner_id, BLOBS.c.name == name)
+        with engine.begin() as connection:
+            return connection.execute(sa.select(BLOBS.c.part).where(*where).limit(1)).first() is not None
 
     def clean(self, owner_ids: Iterable[str]) -> None:
         pass

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from app.errors import Impossible, QueueFull, StoreFailed, Unavailable
+from app.errors import FileGone, Impossible, QueueFull, ServiceError, Unavailable
 from app.http.problems import translate
 from app.http.record import Record
 from app.http.schemas.requests import ImagesRequest
 from app.jobs.batches import WINDOW, Batches
 from app.jobs.queue import NewJob, described
 from app.jobs.store import Row
+from app.logs import SERVER
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,8 +40,12 @@ class Driver:
         for row in await self._batches.store.call(self._batches.active):
             try:
                 await self._advance(row)
-            except StoreFailed:
+            except FileGone:
                 await self._batches.store.call(self._batches.missing, row)
+            except ServiceError as error:  # of the store: tried again at the next step
+                SERVER.error("batch %s waits: %s", row["id"], error)
+            except Exception as error:  # no batch stands in the way of another
+                SERVER.error("batch %s", row["id"], exc_info=error)
 
     async def _advance(self, row: Row) -> None:
         batches, call = self._batches, self._batches.store.call

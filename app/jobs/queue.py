@@ -123,6 +123,17 @@ class Jobs:
             self.store.blobs.clean([job_id])
             raise
 
+    def insert_all(self, connection: sa.Connection, new: Iterable[NewJob]) -> None:
+        """Put jobs into the table, all or none, in a transaction of the caller's."""
+        inserted: list[str] = []
+        try:
+            for job in new:
+                row = self.insert(connection, job)
+                inserted.append(row["id"])
+        except BaseException:
+            self.store.blobs.clean(inserted)
+            raise
+
     # Looking
 
     def get(self, job_id: str, owner: str | None) -> Row:

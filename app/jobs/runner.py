@@ -52,6 +52,7 @@ class Running:
     task: asyncio.Task[None] | None = None
     step: int = 0
     total: int = 0
+    begun: bool = False
     cancelled: bool = False
     ended: bool = False
 
@@ -86,7 +87,8 @@ class Runner:
         running = self.running.get(job_id)
         if running is not None and running.task is not None and not running.ended:
             running.cancelled = True
-            running.task.cancel()
+            if running.begun:  # a task that is cancelled before its first step would never tell its end
+                running.task.cancel()
 
     async def changed(self, job_id: str, seconds: float) -> None:
         """Wait until something happens to a job here, or so long."""
@@ -116,22 +118,20 @@ class Runner:
             if recovered or swept:
                 SERVER.info("the store: %d jobs run again, %d halves of files removed", recovered, swept)
         await store.call(store.count_bytes)
-        loops = [(self._claim, LOOK_SECONDS), (self._beat, self._beat_seconds), (self._sweep, SWEEP_SECONDS)]
+        loops = [(self._beat, self._beat_seconds), (self._claim, LOOK_SECONDS), (self._sweep, SWEEP_SECONDS)]
         for work, seconds in [*loops, *((chore, LOOK_SECONDS) for chore in self.chores)]:
             self._loops.append(asyncio.create_task(self._again(work, seconds)))
 
     async def stop(self) -> None:
         """Claim no more, see what runs to its end (the engine ends it), and give back what has none."""
         self.stopping = True
-        for loop in self._loops:
-            loop.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        beat, others = self._loops[:1], self._loops[1:]  # what still runs keeps its lease
+        await _cancelled(others)
         tasks = [running.task for running in self.running.values() if running.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=STOP_SECONDS)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _cancelled(tasks)
+        await _cancelled(beat)
 
     async def _again(self, work: Callable[[], Awaitable[None]], seconds: float) -> None:
         """Do something over and over; a store that fails is tried again later, and said so once."""
@@ -203,9 +203,12 @@ class Runner:
     async def _see_through(self, running: Running) -> None:
         """Run a job, and write down how it ended."""
         job_id = running.row["id"]
+        running.begun = True
         self._tell(job_id)
         try:
             try:
+                if running.cancelled:
+                    raise asyncio.CancelledError
                 ended = await self._run(running)
             except asyncio.CancelledError:
                 ended = partial(self.jobs.stopped, job_id) if running.cancelled else self._give_back(job_id)
@@ -293,3 +296,10 @@ class Runner:
         if adapter is not None and adapter in backbone.loras:
             found["adapter"] = backbone.adapter_digest(adapter)
         return found
+
+
+async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """End them, and see that they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -43,7 +43,8 @@ class JobService:
         self.files = Files(self.store)
         self.batches = Batches(self.store, self.jobs, self.keep_seconds)
         self.webhooks: Webhooks | None = None
-        chores = [Driver(self.batches, self, settings).advance]
+        self.driver = Driver(self.batches, self, settings)
+        chores = [self.driver.advance]
         if settings.webhook_secret is not None and settings.webhook_origins:
             allowed = Allowed(settings.webhook_origins, settings.webhook_networks)
             secret = settings.webhook_secret.get_secret_value()

@@ -15,7 +15,7 @@ from typing import IO, Any, TypeVar
 
 import sqlalchemy as sa
 
-from app.errors import StoreFailed, StoreFull
+from app.errors import FileGone, StoreFull
 from app.jobs.blobs import Blobs, FileBlobs, RowBlobs
 from app.jobs.database import PICTURES, THREADS, connect, hold, in_our_words, migrate
 from app.jobs.tables import FILES, JOBS
@@ -143,7 +143,7 @@ class Store:
             try:
                 yield from self.blobs.chunks(self.engine, owner_id, name, offset)
             except FileNotFoundError as error:
-                raise StoreFailed("the store has lost a file") from error
+                raise FileGone("the store has lost a file") from error
 
     async def stream(self, owner_id: str, name: str) -> Any:
         """The same on the loop."""

@@ -75,7 +75,8 @@ def _origin(url: str) -> tuple[str, str, int] | None:
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError:
+        httpx.URL(url)  # by which it will be called
+    except (ValueError, httpx.InvalidURL):
         return None
     if parts.scheme not in PORTS or not parts.hostname or parts.username is not None or parts.password is not None:
         return None
@@ -140,7 +141,8 @@ class Webhooks:
         url = self.allowed.check(row["url"])
         host, port = str(url.hostname), url.port or PORTS[url.scheme]
         loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        async with asyncio.timeout(TRY_SECONDS):
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         address = self.allowed.address(host, [str(entry[4][0]) for entry in found])
         there = httpx.URL(row["url"]).copy_with(host=address)
         headers: Mapping[str, str] = {

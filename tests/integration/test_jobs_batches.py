@@ -291,3 +291,27 @@ def test_what_is_wrong_with_a_line() -> None:
     assert seen == {"line-1"}
     for bad in ("[]", '{"custom_id": "a"}', json.dumps({**line(2), "custom_id": ""})):
         assert fault(bad.encode(), ENDPOINT, seen)
+    assert fault(b"[" * 5000, ENDPOINT, seen) == "is not JSON, or nested too deeply"
+    for letter in ("\\ud800", "\\u0000"):
+        bad = json.dumps({**line(3), "custom_id": "x"}).replace('"x"', f'"{letter}"')
+        assert "custom_id" in str(fault(bad.encode(), ENDPOINT, seen))
+    assert len(str(fault(json.dumps({**line(4), "y" * 10_000: 1}).encode(), ENDPOINT, seen))) < 300
+
+
+def test_one_batch_does_not_stand_in_the_way_of_another(student_of: Models, tmp_path: Path) -> None:
+    with served(student_of("sd"), data_dir=tmp_path) as (client, app):
+        driver, broken = app.state.jobs.driver, threading.Event()
+        advance = driver._advance
+        first = start(client, line(1))
+
+        async def sometimes(row: Any) -> None:
+            if row["id"] == first.id:
+                broken.set()
+                raise LookupError("a bug")
+            await advance(row)
+
+        driver._advance = sometimes
+        assert broken.wait(20)
+        assert over(client, start(client, line(2)).id).status == "completed"
+        driver._advance = advance
+        assert over(client, first.id).status == "completed"

@@ -317,3 +317,29 @@ async def test_metrics(student_of: Models, tmp_path: Path, monkeypatch: pytest.M
         text: httpx.Response = await served.client.get("/metrics")
         assert 'slipstream_jobs{status="queued"} 0.0' in text.text
         assert PROMPT not in text.text
+
+
+@aio
+async def test_a_job_that_is_cancelled_before_its_first_step_gives_its_place_back(
+    student_of: Callable[..., Backbone], tmp_path: Path
+) -> None:
+    async with serving({"sd": student_of("sd")}, data_dir=tmp_path) as served:
+        runner = served.app.state.jobs.runner
+        begin = runner._begin
+
+        def begin_and_stop(claimed: Any) -> None:
+            begin(claimed)
+            runner.stop_job(claimed.row["id"])
+
+        runner._begin = begin_and_stop
+        answer = await served.client.post("/v1/images/jobs", json={"prompt": "x", "num_inference_steps": 2})
+        stopped, write = list[str](), runner.jobs.stopped
+
+        def stop(job_id: str) -> None:
+            stopped.append(job_id)
+            write(job_id)
+
+        runner.jobs.stopped = stop
+        await served.until(lambda: bool(stopped) and not runner.running)
+        assert stopped[0] == answer.json()["id"]
+        assert runner.room > 0

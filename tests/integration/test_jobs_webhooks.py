@@ -160,8 +160,9 @@ def test_addresses_that_are_called() -> None:
             allowed.address("hooks.example.com", [private])
         with pytest.raises(PrivateAddress):
             allowed.address("hooks.example.com", ["93.184.216.34", private])
-    with pytest.raises(Impossible):
-        allowed.check("https://hooks.example.com:444/")
+    for url in ("https://hooks.example.com:444/", "https://hooks.example.com/a\nb", "https://hooks.example.com/\0"):
+        with pytest.raises(Impossible):
+            allowed.check(url)
     assert allowed.check("https://HOOKS.example.com:443/x").path == "/x"
 
 

@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
     store = Store(tmp_path / "data")
     jobs = Jobs(store)
     for number, owner in enumerate(("me", "me", "you")):
-        jobs.submit(NewJob(owner, {"prompt": f"ring {number}", "model": "sd", "seed": number}, {}, "f"))
+        jobs.submit(NewJob(owner, {"prompt": f"ring [/b] {number}", "model": "sd", "seed": number}, {}, "f"))
     [claimed] = jobs.claim(1)[0]
     jobs.complete(claimed.row["id"], {"seeds": [0, 1]}, [b"first", b"second"])
     store.close()
@@ -50,7 +50,11 @@ def test_list(folder: Path) -> None:
 def test_show(folder: Path) -> None:
     job = ids(folder, "--status", "completed")[0]
     shown = json.loads(run("show", job, "--data-dir", folder))
-    assert (shown["status"], shown["body"]["prompt"], shown["result"]) == ("completed", "ring 0", {"seeds": [0, 1]})
+    assert (shown["status"], shown["body"]["prompt"], shown["result"]) == (
+        "completed",
+        "ring [/b] 0",
+        {"seeds": [0, 1]},
+    )
 
 
 def test_cancel_beside_a_server(folder: Path) -> None:
