@@ -123,9 +123,11 @@ def _family(name: str, index: Mapping[str, Any]) -> Family:
 
 def _compile_blocks(network: torch.nn.Module) -> None:
     """Regional compilation: the blocks that repeat are compiled once a kind, in seconds instead of minutes."""
-    for block in network.modules():
-        if isinstance(block, ResnetBlock2D | BasicTransformerBlock):
-            block.compile(dynamic=True)
+    repeated = [block for block in network.modules() if isinstance(block, ResnetBlock2D | BasicTransformerBlock)]
+    if not repeated:
+        raise ModelLoadError("compile: this network has no blocks that can be compiled apart")
+    for block in repeated:
+        block.compile(dynamic=True)
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

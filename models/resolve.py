@@ -57,8 +57,10 @@ def resolve(
     plain = _resolve(model, scheduler_config, replace(request, acceleration=(), quality=None))
     _measured(request)
     facts = {name: getattr(plain, name) for name in ("scheduler", "num_inference_steps", "width", "height")}
-    closest = model.profile(**facts)
     guidance = plain.guidance_scale if len(model.roles) > 1 else None
+    closest = model.profile(**facts, guidance_scale=guidance)
+    if model.guided_by != "guidance_scale" and plain.guided:
+        raise NoProfile(model.guided_by, "no profile was measured with it; give a mode of acceleration")
     name, profile, differences = find(model.profiles, closest, {**facts, "guidance_scale": guidance}, wish, model.name)
     refused: dict[str, RequestError] = {}  # a student that is not loaded here, or that a negative prompt rules out
     while len(refused) < len(profile.all):

@@ -85,10 +85,12 @@ class ModelSpec:
         """The same model with adapters, plans and profiles registered."""
         return replace(self, adapters=dict(adapters), plans=dict(plans), profiles=dict(profiles))
 
-    def profile(self, scheduler: str, num_inference_steps: int, width: int, height: int) -> Profile | None:
+    def profile(
+        self, scheduler: str, num_inference_steps: int, width: int, height: int, guidance_scale: float | None = None
+    ) -> Profile | None:
         """The profile measured for such a run, or else closest to it under the same scheduler (`Profile.differences`
         says how far); None without one."""
-        return nearest(tuple(self.profiles.values()), scheduler, num_inference_steps, width, height)
+        return nearest(tuple(self.profiles.values()), scheduler, num_inference_steps, width, height, guidance_scale)
 
     @property
     def asks_for_embeddings(self) -> bool:

@@ -12,6 +12,7 @@ from models.accelerators.base import Accelerator
 from models.errors import GuidanceRequired, PlanMismatch, cut
 from models.networks.sites import attention
 from models.reuse.plans import Recall, Reuse, Shared, StepPlan, Window
+from models.reuse.sites import Sites
 from models.search.attention_plan import Method, Plan
 from models.spec import Family, ModelSpec, RunSpec
 
@@ -57,6 +58,9 @@ class DiTFastAttn(Accelerator):
         for name, (wanted, given) in facts.items():
             if wanted != given:
                 raise PlanMismatch("acceleration.plan", f"{name}: the plan is for {wanted}, the request has {given}")
+        can = {"full", *possible(model.sites)}
+        for method in sorted({method for row in plan.table for method in row} - can):
+            raise PlanMismatch("acceleration.plan", f"the plan has {method}, which {model.name} cannot do")
         bound = self.model_copy()
         bound._plan = plan
         return bound
@@ -70,6 +74,15 @@ class DiTFastAttn(Accelerator):
 
 def attention_plan(methods: Sequence[Method], window: int) -> StepPlan:
     """One method a block as a step plan; `window` is the half width of the bands, in tokens."""
-    band = Window(window)
-    reuse: dict[Method, Reuse] = {"ast": Recall(), "wa-rs": band, "asc": Shared(), "wa-rs+asc": Shared(band)}
+    reuse = _reuse(window)
     return StepPlan({attention(k): reuse[method] for k, method in enumerate(methods) if method != "full"})
+
+
+def possible(sites: Sites) -> tuple[Method, ...]:
+    """The methods that the attentions of a network can do, but for the full one."""
+    return tuple(method for method, reuse in _reuse(1).items() if reuse.name in sites.understands(attention(0)))
+
+
+def _reuse(window: int) -> dict[Method, Reuse]:
+    band = Window(window)
+    return {"ast": Recall(), "wa-rs": band, "asc": Shared(), "wa-rs+asc": Shared(band)}

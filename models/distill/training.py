@@ -67,6 +67,8 @@ def distill(
         raise WrongBackbone("model", "a class-conditional model has no prompts to distil on")
     if len(backbone.spec.roles) != 2:
         raise WrongBackbone("model", "a student stands for a guided pair, which this model does not have")
+    if backbone.spec.flow is not None:
+        raise WrongBackbone("model", "a model of flow matching cannot be distilled")
     scale = backbone.spec.default_guidance_scale if guidance_scale is None else guidance_scale
     if scale <= 1.0:
         raise RequestError("guidance_scale", f"{scale:g} needs one row anyway; a student is for scales above 1")

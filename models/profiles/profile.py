@@ -183,14 +183,21 @@ def pareto(candidates: Iterable[Candidate], to: Likeness) -> list[Candidate]:
 
 
 def nearest(
-    profiles: Sequence[Profile], scheduler: str, num_inference_steps: int, width: int, height: int
+    profiles: Sequence[Profile],
+    scheduler: str,
+    num_inference_steps: int,
+    width: int,
+    height: int,
+    guidance_scale: float | None = None,
 ) -> Profile | None:
-    """The profile of this scheduler that was measured closest by: in size first, then in steps; None without one."""
+    """The profile of this scheduler that was measured closest by: in guidance scale where one is given, then in size,
+    then in steps; None without one."""
     same = [profile for profile in profiles if profile.scheduler == scheduler]
 
     def distance(profile: Profile) -> tuple[float, ...]:
         steps = abs(profile.num_inference_steps - num_inference_steps)
         exact = (profile.width, profile.height) != (width, height)
-        return exact, abs(profile.width * profile.height - width * height), steps, profile.num_inference_steps
+        scale = 0.0 if guidance_scale is None else abs(profile.guidance_scale - guidance_scale)
+        return scale, exact, abs(profile.width * profile.height - width * height), steps, profile.num_inference_steps
 
     return min(same, key=distance, default=None)

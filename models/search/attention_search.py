@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.accelerators.ditfastattn import attention_plan
+from models.accelerators.ditfastattn import attention_plan, possible
 from models.backbone import Backbone
 from models.denoise import Tick, predict
 from models.errors import RequestError, WrongBackbone
@@ -128,8 +128,9 @@ class _Search:
             return tuple(methods)
         guided = self.trajectories[0].plan.unconditional is not None
         reference = self._output(methods)
+        candidates = [method for method in CANDIDATES if method in possible(self.backbone.spec.sites)]
         for block in range(blocks):
-            for candidate in CANDIDATES:
+            for candidate in candidates:
                 if "asc" in candidate and not guided:
                     continue
                 methods[block] = candidate
@@ -158,7 +159,9 @@ class _Search:
     def _computed(self, plan: RowPlan) -> frozenset[Feature]:
         """All that a later step might share."""
         sites = [attention(block) for block in range(self.backbone.spec.depth)]
-        features = [f for site in sites for f in (Feature(site, "value"), Feature(site, "residual", self.window))]
+        features = [Feature(site, "value") for site in sites]
+        if "wa-rs" in possible(self.backbone.spec.sites):
+            features += [Feature(site, "residual", self.window) for site in sites]
         return frozenset(f for f in features if computes(self.backbone.spec.sites, plan.reads, f))
 
     def _rows(self, methods: Sequence[Method]) -> list[tuple[Row, Trajectory]]:

@@ -83,8 +83,9 @@ def calibrate(
     kept = Kept(
         checkpoint,
         {
-            "model": spec.config_hash,
-            "run": [run.scheduler, run.num_inference_steps, run.width, run.height],
+            "model": [spec.config_hash, backbone.digest, str(backbone.dtype)],
+            "adapters": {name: backbone.adapter_digest(name) for name in sorted(backbone.loras)},
+            "run": [run.scheduler, run.num_inference_steps, run.width, run.height, run.guidance_scale],
             "reference": list(reference),
             "requests": digest(requests),
         },
@@ -100,7 +101,11 @@ def calibrate(
     measuring.plain = kept.pictures("plain", lambda: measuring.draw(plain)[0])
     work.says("searching")
     grids = [run.num_inference_steps * finer for finer in FINER]
-    found = kept.fit(lambda: fit(backbone, requests[:fitted][:CHUNK])) if can_fit(backbone) else None
+    fitting = [
+        replace(request, scheduler=run.scheduler, num_inference_steps=run.num_inference_steps)
+        for request in requests[:fitted][:CHUNK]
+    ]
+    found = kept.fit(lambda: fit(backbone, fitting)) if can_fit(backbone, len(run.steps)) else None
     proposals = [
         plain,
         *solvers(spec, run.scheduler, len(run.steps)),

@@ -25,6 +25,7 @@ DEGREE = 4
 """Of TeaCache's polynomial."""
 NEVER = TeaCache(threshold=1e-12, coefficients=(1.0, 0.0))
 """Its gate reads all that is to be fitted, and never skips."""
+LEAST_STEPS = 8
 UNSEEN = 2
 """Last steps: the gate's last, of which nothing is kept, and the one that TeaCache always computes."""
 Array = NDArray[np.float64]
@@ -40,10 +41,14 @@ class Fit:
     tea_coefficients: tuple[float, ...]
 
 
-def can_fit(backbone: Backbone) -> bool:
-    """Whether the model has blocks that give both."""
+def can_fit(backbone: Backbone, steps: int) -> bool:
+    """Whether the model has blocks that give both, and a run of so many steps says enough of them."""
     spec = backbone.spec
-    return spec.family != "unet" and "gated by modulated" in spec.sites.understands(blocks(0, spec.depth))
+    return (
+        steps >= LEAST_STEPS
+        and spec.family != "unet"
+        and "gated by modulated" in spec.sites.understands(blocks(0, spec.depth))
+    )
 
 
 @dataclass

@@ -18,6 +18,7 @@ from models.accelerators import (
     TeaCache,
 )
 from models.accelerators.forecast import spread
+from models.networks.sites import blocks, feed_forward
 from models.search.fitting import Fit
 from models.search.masks import Grid, Path
 from models.solvers.names import NoiseSchedule
@@ -104,8 +105,10 @@ def caches(spec: ModelSpec, scheduler: str, steps: int, fit: Fit | None) -> Iter
     if spec.family == "unet":
         found["adaptive_deepcache-o1"] = (AdaptiveDeepCache(order=1),)
     elif spec.depth > 1:
-        found["taylorseer-3"] = (TaylorSeer(interval=3),)
-        found["first_block_cache-o1"] = (FirstBlockCache(order=1),)
+        if "recall" in spec.sites.understands(feed_forward(0)):
+            found["taylorseer-3"] = (TaylorSeer(interval=3),)
+        if "gated by residual" in spec.sites.understands(blocks(1, spec.depth)):
+            found["first_block_cache-o1"] = (FirstBlockCache(order=1),)
     if fit is not None:
         found["magcache-o1"] = (MagCache(ratios=fit.mag_ratios, order=1),)
         found["teacache-o1"] = (TeaCache(coefficients=fit.tea_coefficients, order=1),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from models.accelerators import Forecast, from_mode
 from models.errors import RequestError
 from models.loading import BUNDLED
 from models.resolve import least_request, resolve
+from models.search.fitting import Fit, fit
 from models.search.masks import Grid, influence
 from models.search.masks import Path as Recorded
 from models.search.recording import record
@@ -131,6 +132,35 @@ def test_a_calibration_goes_on_where_it_was_stopped(backbone_of: BackboneOf, tmp
     assert len((tmp_path / "kept" / "scores.tsv").read_text().splitlines()) == len(resumed.all)
     with pytest.raises(RequestError, match="another calibration"):
         run(backbone, checkpoint=tmp_path / "kept", seed=1)
+
+
+def test_what_is_fitted_is_of_the_profiles_own_scheduler_and_steps(
+    backbone_of: BackboneOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Request] = []
+
+    def noted(backbone: Backbone, requests: Sequence[Request]) -> Fit:
+        seen.extend(requests)
+        return Fit((1.0,) * 8, (1.0, 0.0))
+
+    monkeypatch.setattr("models.search.calibrate.fit", noted)
+    clock = map(float, itertools.count()).__next__
+    run = {"scheduler": "dpmpp_2m", "num_inference_steps": 8}
+    profile = calibrate(backbone_of("pixart-alpha"), PROMPTS[:2], clock=clock, reference_steps=9, **run)  # type: ignore[arg-type]
+    assert [(one.scheduler, one.num_inference_steps) for one in seen] == [("dpmpp_2m", 8)]
+    assert (profile.mag_ratios, profile.tea_coefficients) == ((1.0,) * 8, (1.0, 0.0))
+
+
+def test_ratios_and_coefficients_are_of_the_run(backbone_of: BackboneOf) -> None:
+    backbone = backbone_of("pixart-alpha", torch.float64)
+    fits = {
+        scheduler: fit(backbone, [Request(prompt="a red cat", seed=1, scheduler=scheduler, num_inference_steps=9)])
+        for scheduler in ("ddim", "dpmpp_2m")
+    }
+    for found in fits.values():
+        assert (len(found.mag_ratios), found.mag_ratios[0], len(found.tea_coefficients)) == (9, 1.0, 5)
+        assert found.mag_ratios[-1] == found.mag_ratios[-3]
+    assert fits["ddim"] != fits["dpmpp_2m"]
 
 
 def test_what_cannot_be_calibrated(backbone_of: BackboneOf) -> None:

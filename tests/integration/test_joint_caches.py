@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,13 +18,17 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 
 from models import Backbone, Request, advance, generate, load
-from models.accelerators import Accelerator, CfgStudent
+from models.accelerators import Accelerator, CfgStudent, DiTFastAttn
 from models.adapters.lora import WEIGHT_NAME
+from models.errors import ModelLoadError, NoProfile, PlanMismatch, WrongBackbone
 from models.generate import start
 from models.networks.sites import attention, blocks
 from models.resolve import resolve
 from models.reuse.gates import Gate
 from models.reuse.plans import Gated, Recall, StepPlan
+from models.search.attention_search import search_plan
+from models.search.proposals import caches
+from models.training import distill
 from models.trajectory import Trajectory
 from tests.serving import aio, pixels, serving
 
@@ -182,3 +188,45 @@ async def test_two_kinds_of_model_behind_one_server(backbone_of: Backbones) -> N
         assert known["joint"]["schedulers"] == ["euler", "dpmpp_2m", "unipc"]
         assert served.value("model_weight_bytes", model="joint", part="text_encoder") > 0
         assert served.value("feature_memory_bytes", model="joint") == 0
+
+
+@pytest.mark.parametrize("layout", ["flux-dev", "sd3", "klein-base", "z-image"])
+def test_what_calibrate_tries_is_possible_on_them(layout: str, backbone_of: Backbones) -> None:
+    backbone = backbone_of(layout)
+    tried = list(caches(backbone.spec, "euler", 4, None))
+    assert {"delta_dit-2-o0", "first_block_cache-o1"} <= {one.name for one in tried}
+    for one in tried:
+        resolve(
+            backbone.spec,
+            backbone.scheduler_config,
+            Request(prompt=PROMPT, num_inference_steps=4, scheduler="euler", acceleration=one.acceleration),
+        )
+
+
+def test_a_plan_has_only_what_their_attentions_can_do(backbone_of: Backbones) -> None:
+    backbone = backbone_of("sd3")
+    requests = [Request(prompt=PROMPT, seed=1, num_inference_steps=3, scheduler="euler")]
+    plan = search_plan(backbone, requests, threshold=5.0)
+    assert {method for row in plan.table for method in row} == {"full", "ast"}
+    generate(backbone, [replace(requests[0], acceleration=[DiTFastAttn(plan=plan)])])
+    for method in ("wa-rs", "asc", "wa-rs+asc"):
+        table = (plan.table[0], (method, *plan.table[1][1:]), plan.table[2])
+        other = plan.model_copy(update={"table": table})
+        with pytest.raises(PlanMismatch, match=rf"the plan has {re.escape(method)}, which .* cannot do"):
+            generate(backbone, [replace(requests[0], acceleration=[DiTFastAttn(plan=other)])])
+
+
+def test_they_are_not_distilled_and_not_compiled(pipeline_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    directory = str(pipeline_dir("sd3"))
+    with pytest.raises(WrongBackbone, match="flow matching cannot be distilled"):
+        distill(directory, tmp_path, prompts=["x"], steps=1, device="cpu")
+    with pytest.raises(ModelLoadError, match="compile: this network has no blocks"):
+        load(directory, device="cpu", compile=True)
+
+
+def test_auto_was_not_measured_beside_true_guidance(backbone_of: Backbones) -> None:
+    backbone = backbone_of("flux-dev")
+    request = Request(prompt=PROMPT, negative_prompt="x", true_cfg_scale=3.0, scheduler="euler", quality="low")
+    with pytest.raises(NoProfile) as caught:
+        resolve(backbone.spec, backbone.scheduler_config, request)
+    assert caught.value.field == "true_cfg_scale"

@@ -145,6 +145,10 @@ def test_which_profile_is_closest() -> None:
     assert spec.profile("ddim", 50, 512, 448) is large
     assert spec.profile("dpmpp_2m", 1, 8, 8) is other
     assert spec.profile("unipc", 25, 64, 32) is None
+    strong = profile(guidance_scale=5.0)
+    both = dit_spec(profiles={"a": small, "e": strong})
+    assert both.profile("ddim", 25, 64, 32, 5.0) is strong
+    assert both.profile("ddim", 25, 64, 32, 2.0) is small
     assert nearest([], "ddim", 25, 64, 32) is None
     assert small.differences("ddim", 25, 64, 32, 2.0) == []
     assert small.differences("ddim", 30, 64, 64, 3.0) == [
