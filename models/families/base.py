@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.errors import ModelLoadError
 from models.families import vae
 from models.families.configs import Values, refused
-from models.families.prompts import PromptCache
+from models.families.prompts import PromptCache, SpareTokenizer
 from models.guidance import Guidance
 from models.networks.base import Network
 from models.request import Run
@@ -36,6 +36,7 @@ class Parts:
     dtype: torch.dtype
     text_tokens: int = 0  # of a padded prompt
     prompts: PromptCache = field(default_factory=PromptCache)
+    spare: SpareTokenizer = field(default_factory=SpareTokenizer)
     offload: bool = False
     """Whether text encoders are on the host between uses."""
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from threading import Lock
+from typing import Any
 
 from models.reuse.rows import Conditioning
 
@@ -13,6 +16,22 @@ MOST_BYTES = 256 * 2**20
 
 Encode = Callable[[list[str]], Conditioning]
 """Texts to tensors [texts, ...]."""
+
+
+class SpareTokenizer:
+    """A copy of a tokenizer for threads beside the engine's, as one cannot serve two at once. Made when first used."""
+
+    def __init__(self) -> None:
+        self._copy: Any = None
+        self._lock = Lock()
+
+    @contextmanager
+    def of(self, tokenizer: Any) -> Iterator[Any]:
+        """The copy, for one thread at a time."""
+        with self._lock:
+            if self._copy is None:
+                self._copy = deepcopy(tokenizer)
+            yield self._copy
 
 
 class PromptCache:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -232,17 +229,10 @@ class ZImage(JointFamily):
         }
 
 
-_TOKENIZERS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-_COUNTING = Lock()
-
-
 def _length(parts: Parts, text: str) -> int:
-    """Tokens of a prompt. The tokenizer is a copy, as one cannot serve this thread and the engine's at once."""
-    with _COUNTING:
-        if parts.pipeline not in _TOKENIZERS:
-            _TOKENIZERS[parts.pipeline] = copy.deepcopy(parts.pipeline.tokenizer)
-        tokenizer = _TOKENIZERS[parts.pipeline]
-        message = [{"role": "user", "content": text}]
+    """Tokens of a prompt."""
+    message = [{"role": "user", "content": text}]
+    with parts.spare.of(parts.pipeline.tokenizer) as tokenizer:
         said = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=True)
         return min(len(tokenizer(said).input_ids), parts.text_tokens)
 

@@ -15,7 +15,9 @@ from PIL import Image
 
 from app.engine.job import Failed, Progress, Queued
 from app.errors import ForwardFailed
+from app.http.generation import Generation
 from app.http.pictures import QUALITY
+from app.logs import REQUESTS
 from models import Plan
 from tests.faked import COLOURS, DIM, Faked, colour, faked, opened, request_of, specs
 from tests.serving import aio, events
@@ -293,6 +295,24 @@ async def test_a_stream_that_fails_ends_with_the_error(monkeypatch: pytest.Monke
             assert found[-1] == ("error", {"error": error})
         facts = {"model": "unet", "acceleration": "none", "outcome": "error"}
         assert served.value("requests_total", endpoint="/generate", **facts) == 1
+
+
+@aio
+async def test_what_nobody_foresaw_in_a_stream_is_in_the_log_as_its_answer_says(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: Generation) -> Any:
+        raise LookupError("a bug")
+
+    monkeypatch.setattr(Generation, "events", broken)
+    monkeypatch.setattr(REQUESTS, "propagate", True)
+    async with faked(monkeypatch) as served:
+        answer = await served.post(stream=True, headers={"X-Request-Id": "mine"})
+    assert events(answer.text)[-1][1]["error"]["code"] == "internal_error"
+    [line] = [record for record in caplog.records if record.message == "unforeseen"]
+    assert line.exc_info is not None
+    assert line.exc_info[0] is LookupError
+    assert line.facts == {"request_id": "mine"}  # type: ignore[attr-defined]
 
 
 @aio

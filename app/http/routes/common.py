@@ -13,13 +13,14 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app.errors import ClientGone, ServiceError
+from app.errors import ClientGone, Internal, ServiceError
 from app.http.generation import Generation
 from app.http.problems import body as error_body
 from app.http.problems import translate
 from app.http.routes.body import BodyRequest
 from app.http.schemas.requests import GenerationRequest
 from app.http.service import Service
+from app.logs import REQUESTS
 
 T = TypeVar("T")
 Spell = Callable[[Generation], AsyncIterator[tuple[str, dict[str, Any]]]]
@@ -113,6 +114,9 @@ class Stream(EventSourceResponse):
                 yield event(name, data)
         except Exception as raised:
             self._error = translate(raised)
+            if isinstance(self._error, Internal) and not isinstance(raised, ServiceError):
+                facts = {"request_id": generation.record.request_id}
+                REQUESTS.exception("unforeseen", extra={"facts": facts})
             generation.record.failed(self._error)
             generation.record.status = 200  # which has been sent already
             yield event("error", error_body(self._error))
