@@ -96,7 +96,8 @@ class Runner:
         self._watchers.setdefault(job_id, set()).add(event)
         try:
             with suppress(TimeoutError):
-                await asyncio.wait_for(event.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await event.wait()
         finally:
             self._watchers[job_id].discard(event)
             if not self._watchers[job_id]:
@@ -147,8 +148,9 @@ class Runner:
                 await asyncio.sleep(RETRY_SECONDS)
             self._woken.clear()
             if work == self._claim:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._woken.wait(), seconds)
+                with suppress(TimeoutError):  # `wait_for` of Python 3.11 may lose the cancellation that ends this loop
+                    async with asyncio.timeout(seconds):
+                        await self._woken.wait()
             else:
                 await asyncio.sleep(seconds)
 

@@ -44,6 +44,7 @@ TABLE = {
     "ModelChanged": (500, "server_error", "error", "model_changed"),
     "JobCrashed": (500, "server_error", "error", "job_crashed"),
     "StoreFailed": (500, "server_error", "error", "store_failed"),
+    "FileGone": (500, "server_error", "error", "store_failed"),
     "StoreUnavailable": (503, "server_error", "rejected", "store_unavailable"),
     "StoreFull": (507, "server_error", "rejected", "store_full"),
 }
