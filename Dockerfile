@@ -28,6 +28,7 @@ WORKDIR /src
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/build && /opt/build/bin/pip install --disable-pip-version-check "setuptools==80.9.0"
 COPY pyproject.toml README.md ./
+COPY deploy/docs/LICENSE ./deploy/docs/
 COPY app ./app
 COPY models ./models
 RUN /opt/build/bin/pip wheel --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir /dist .

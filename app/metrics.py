@@ -19,6 +19,13 @@ REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 8, 13, 20, 30, 60, 120)
 TICK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PLAN_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
+DEVICE_MEMORY = {
+    "allocated": "Bytes of this process's tensors.",
+    "reserved": "Bytes this process holds.",
+    "peak": "Most bytes of tensors so far.",
+    "used": "Bytes in use on the card, by anyone.",
+    "total": "Bytes of the card.",
+}
 UNKNOWN = "unknown"
 """The label of a request refused before its model or accelerators were known."""
 
@@ -132,13 +139,7 @@ class _DeviceCollector:
     def collect(self) -> Iterator[Metric]:
         families = {
             kind: GaugeMetricFamily(f"slipstream_gpu_memory_{kind}_bytes", text, labels=["device"])
-            for kind, text in {
-                "allocated": "Bytes of this process's tensors.",
-                "reserved": "Bytes this process holds.",
-                "peak": "Most bytes of tensors so far.",
-                "used": "Bytes in use on the card, by anyone.",
-                "total": "Bytes of the card.",
-            }.items()
+            for kind, text in DEVICE_MEMORY.items()
         }
         for memory in device_memory():
             for kind, family in families.items():

@@ -24,6 +24,7 @@ PUBLISHED = {
     "Z-Image": 6.15,
     "stable-diffusion-3.5-large": 8.06,
     "stable-diffusion-3.5-medium": 2.47,
+    "stable-diffusion-v1-5": 0.86,
 }
 """Billions of parameters, as the sizes of the published files say (two bytes each)."""
 
@@ -32,14 +33,17 @@ def test_every_known_config_is_held_against_what_is_published() -> None:
     assert known_configs().keys() == PUBLISHED.keys()
 
 
-@pytest.mark.parametrize("name", ["FLUX.1-dev", "FLUX.2-klein-4B", "Z-Image", "stable-diffusion-3.5-medium"])
+@pytest.mark.parametrize(
+    "name", ["FLUX.1-dev", "FLUX.2-klein-4B", "Z-Image", "stable-diffusion-3.5-medium", "stable-diffusion-v1-5"]
+)
 def test_a_plan_of_real_size(name: str) -> None:
     plan = memory_plan(json.loads(known_configs()[name].read_text()), 512, 512, 6)
     assert plan.parameters / 1e9 == pytest.approx(PUBLISHED[name], rel=0.01)
     assert plan.weights == 2 * plan.parameters
-    assert plan.features["none"] == 0 < plan.features["forecast"] < plan.features["delta_dit"]
+    cache = "deepcache" if "deepcache" in plan.features else "delta_dit"
+    assert plan.features["none"] == 0 < plan.features["forecast"] < plan.features[cache]
     assert plan.rows(2**30) == 0
-    assert plan.rows(2**50) > plan.rows(2**50, plan.features["delta_dit"]) > plan.rows(2**49)
+    assert plan.rows(2**50) > plan.rows(2**50, plan.features[cache]) > plan.rows(2**49)
 
 
 def test_macs_of_joint_and_single_blocks_by_hand() -> None:
