@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     )
     compile: bool = Field(False, description="Compile the network's repeated blocks with torch.compile.")
     offload_text_encoders: bool = Field(False, description="Keep text encoders on the host between uses.")
+    batch_invariant: bool = Field(
+        False, description="Compute each picture by itself: the same bits whatever else is asked for; slower on a GPU."
+    )
     torch_threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of an operator; 0: as many as cores are free at start."
     )

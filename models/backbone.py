@@ -39,6 +39,8 @@ class Backbone:
     scheduler_config: Mapping[str, Any]
     loras: Mapping[str, Lora]
     stepping: Stepping = "exact"
+    batch_invariant: bool = False
+    """Whether every picture is computed by itself, so that its bits do not depend on what else is asked for."""
     features: FeatureStore = field(default_factory=FeatureStore, repr=False)
 
     @property
@@ -96,7 +98,8 @@ class Backbone:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [images, channels, h, w] to pixels [images, height, width, 3] as bytes on the CPU; this waits."""
-        return self.family.decode(self.parts, latents).cpu()
+        parts = [one[None] for one in latents] if self.batch_invariant else [latents]
+        return torch.cat([self.family.decode(self.parts, part) for part in parts]).cpu()
 
     @torch.inference_mode()
     def posterior(self, picture: Image.Image) -> Any:

@@ -30,8 +30,15 @@ def advance(backbone: Backbone, trajectories: Sequence[Trajectory]) -> None:
 
     Steps whose prediction is foretold need no forward: a trajectory takes those that follow at once. An exception in
     the forward leaves every trajectory at its step, so that the tick can be tried again in parts; one behind it may
-    leave some at a foretold step, from where they go on.
+    leave some at a foretold step, from where they go on. A `batch_invariant` backbone advances one trajectory after
+    another, each in a forward of its own rows: products of matrices of another shape would add up in another order.
     """
+    for part in [[t] for t in trajectories] if backbone.batch_invariant else [trajectories]:
+        _advance(backbone, part)
+    backbone.features.trim()
+
+
+def _advance(backbone: Backbone, trajectories: Sequence[Trajectory]) -> None:
     computed = [t for t in trajectories if not t.plan.foretold]
     if computed:
         tick = Tick(backbone, computed, [(row, t) for t in computed for row in t.rows()])
@@ -39,7 +46,6 @@ def advance(backbone: Backbone, trajectories: Sequence[Trajectory]) -> None:
     while trajectories := [t for t in trajectories if not t.done and t.plan.foretold]:
         tick = Tick(backbone, trajectories, ())
         tick.step(tick.foretold())
-    backbone.features.trim()
 
 
 def predict(backbone: Backbone, rows: Sequence[Pair]) -> dict[Trajectory, dict[Role, Tensor]]:

@@ -22,6 +22,7 @@ from models.backbone import Backbone, Stepping
 from models.device import auto_dtype, find_device
 from models.errors import ModelLoadError
 from models.families import Family, Parts, of_pipeline
+from models.families.prompts import PromptCache
 from models.networks.base import Network
 from models.networks.unet import UNet, truncate
 from models.profiles import Profile
@@ -47,6 +48,7 @@ def load(
     compile: bool = False,
     stepping: Stepping | Literal["auto"] = "auto",
     offload_text_encoders: bool = False,
+    batch_invariant: bool = False,
 ) -> Backbone:
     """Load a model: a bundled name, a directory in diffusers' layout, a hub id, or one `.safetensors` file.
 
@@ -58,6 +60,7 @@ def load(
     `config`, for a single file: a directory in diffusers' layout with the configs and tokenizers of its family.
     `compile` compiles the repeated blocks (torch.compile, any batch size); what differs by row stays out of the graphs.
     `offload_text_encoders` keeps them on the host and has them on the device only while they encode.
+    `batch_invariant` computes every picture and prompt by itself: the same bits, whatever else is asked for meanwhile.
     Raises `ModelLoadError` where the files are not a servable model, with the config key that is not implemented, and
     for a `dtype` or `stepping` that there is not.
     """
@@ -92,13 +95,14 @@ def load(
     measured = {**_found(source.directory, "profiles", ".json"), **(profiles or {})}
     how: Stepping = stepping if stepping != "auto" else auto_stepping(device, dtype)
     text_tokens = extras.get("max_sequence_length") or family.text_tokens(pipeline)
-    parts = Parts(pipeline, module.config, device, dtype, text_tokens, offload=offload_text_encoders)
+    prompts = PromptCache(alone=batch_invariant)
+    parts = Parts(pipeline, module.config, device, dtype, text_tokens, prompts, offload=offload_text_encoders)
     spec = _spec(short_name(name), family, digest, network, parts, extras, how).with_extras(
         {n: lora.info for n, lora in loras.items()},
         {n: p if isinstance(p, Plan) else Plan.load(p) for n, p in files.items()},
         {n: p if isinstance(p, Profile) else load_profile(p, digest, n) for n, p in measured.items()},
     )
-    return Backbone(spec, family, network, parts, pipeline.scheduler.config, loras, how)
+    return Backbone(spec, family, network, parts, pipeline.scheduler.config, loras, how, batch_invariant)
 
 
 def auto_stepping(device: torch.device, dtype: torch.dtype) -> Stepping:

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 PROMPT = "a large red circle on a white background"
+PROMPTS = (PROMPT, "a small blue star", "a green cross above a yellow ring on a black background", "")
 JOBS = "/v1/images/jobs"
 OVER = ("completed", "failed", "cancelled")
 
@@ -129,8 +130,9 @@ def running(servers: Sequence[Server]) -> Iterator[None]:
 
 
 def body(number: int, steps: int) -> dict[str, Any]:
-    """Job `number`: sizes, seeds and accelerations differ."""
-    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": steps, "seed": 1000 + number}
+    """Job `number`: prompts, sizes, seeds and accelerations differ."""
+    asked: dict[str, Any] = {"prompt": PROMPTS[number % 4], "num_inference_steps": steps, "seed": 1000 + number}
+    asked |= {"width": 32, "height": 48} if number % 5 == 0 else {}
     asked |= {"priority": "batch"} if number % 3 == 0 else {}
     return asked | ({"acceleration": {"mode": "deepcache", "interval": 2}} if number % 2 else {})
 

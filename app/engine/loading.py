@@ -70,6 +70,7 @@ def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
         stepping=settings.stepping,
         compile=settings.compile,
         offload_text_encoders=settings.offload_text_encoders,
+        batch_invariant=settings.batch_invariant,
     )
     if device.type == "cpu":
         keep_freed_memory()

@@ -35,10 +35,14 @@ class SpareTokenizer:
 
 
 class PromptCache:
-    """The prompts that were asked for last, encoded, up to `max_bytes` on the device. Safe on any thread."""
+    """The prompts that were asked for last, encoded, up to `max_bytes` on the device. Safe on any thread.
 
-    def __init__(self, max_bytes: int = MOST_BYTES) -> None:
+    `alone`: each is encoded by itself, so that its numbers do not depend on which others are new with it.
+    """
+
+    def __init__(self, max_bytes: int = MOST_BYTES, alone: bool = False) -> None:
         self.max_bytes = max_bytes
+        self.alone = alone
         self._kept: OrderedDict[str, Conditioning] = OrderedDict()  # the newest last
         self._bytes = 0
         self._lock = Lock()
@@ -49,13 +53,13 @@ class PromptCache:
         return self._bytes
 
     def encode(self, texts: Sequence[str], encode: Encode) -> list[Conditioning]:
-        """Each text as [1, ...] tensors in a dict of its own; those not kept are encoded as one batch."""
+        """Each text as [1, ...] tensors in a dict of its own; those not kept are encoded as a batch (`alone`: each)."""
         with self._lock:
             found = {text: self._kept[text] for text in texts if text in self._kept}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
-        if missing:
-            batch = encode(missing)
-            found |= {text: {k: v[i : i + 1].clone() for k, v in batch.items()} for i, text in enumerate(missing)}
+        for together in [[text] for text in missing] if self.alone else [missing] if missing else []:
+            batch = encode(together)
+            found |= {text: {k: v[i : i + 1].clone() for k, v in batch.items()} for i, text in enumerate(together)}
         with self._lock:
             for text in texts:
                 self._keep(text, found[text])

@@ -242,6 +242,14 @@ def test_prompts_that_are_not_kept_are_encoded_as_one_batch() -> None:
     assert cache.encode(["ccc"], encoder)[0]["text"].shape == (1, 10)
 
 
+def test_prompts_are_encoded_one_by_one_where_they_must_not_depend_on_each_other() -> None:
+    cache, encoder = PromptCache(alone=True), Encoder()
+    cache.encode(["a"], encoder)
+    found = cache.encode(["ccc", "a", "bb", "ccc"], encoder)
+    assert encoder.batches == [["a"], ["ccc"], ["bb"]]
+    assert [one["text"][0, 0].item() for one in found] == [3.0, 1.0, 2.0, 3.0]
+
+
 def test_the_cache_is_bounded_in_bytes_and_forgets_what_was_asked_for_longest_ago() -> None:
     cache, encoder = PromptCache(max_bytes=100), Encoder()
     cache.encode(["a"], encoder)
