@@ -102,9 +102,9 @@ class Backbone:
         return torch.cat([self.family.decode(self.parts, part) for part in parts]).cpu()
 
     @torch.inference_mode()
-    def posterior(self, picture: Image.Image) -> Any:
-        """A picture of a run's size to the distribution that `draw` draws its latents from."""
-        return posterior(self.parts.vae, picture, self.device)
+    def posterior(self, picture: Image.Image, mask: Image.Image | None = None) -> Any:
+        """A picture of a run's size to the distribution that `draw` draws its latents from; grey under a mask."""
+        return posterior(self.parts.vae, picture, self.device, mask)
 
     @torch.inference_mode()
     def draw(self, posterior: Any, generator: torch.Generator) -> Tensor:

@@ -86,7 +86,8 @@ class Tick:
         places = self.places[trajectory]
         weights = trajectory.guidance.weights(trajectory.scales) if len(places) > 1 else {CONDITIONAL: 1.0}
         rows = tuple((place, weights[role]) for role, place in places.items())
-        return batched.Move(trajectory.table, trajectory.step, rows, len(trajectory.state))
+        registers, masked = len(trajectory.state), trajectory.outside is not None
+        return batched.Move(trajectory.table, trajectory.step, rows, registers, masked)
 
     def forward(self) -> Tensor:
         """One forward of the network: predictions [rows, channels, h, w], in the order of `rows`."""
@@ -139,7 +140,9 @@ class Tick:
         drawn = [(g, g.get_state()) for g, move in zip(generators, self._moves, strict=True) if move.draws]
         try:
             noise = batched.draw_noise(self._moves, generators, shape, self._state.dtype, self._state.device)
-            return batched.step(self._state, combined, self._packed, noise)
+            state = batched.step(self._state, combined, self._packed, noise)
+            outsides = [t.outside for t in self._by_table if t.outside is not None]
+            return batched.hold(state, self._packed, outsides) if outsides else state
         except Exception:
             for generator, before in drawn:  # so that the same step, tried again, draws the same
                 generator.set_state(before)

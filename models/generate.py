@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from models.backbone import Backbone
+from models.beginning import begin, encode
 from models.costs.macs import usage
 from models.denoise import advance
 from models.families.vae import to_pictures
@@ -68,29 +67,29 @@ def start(backbone: Backbone, run: Run) -> list[Trajectory]:
     """The trajectories of a run, one an image, at their first step. A picture to start from is encoded once."""
     conditioning = backbone.conditioning(run)
     kind = backbone.group(run)
-    picture = run.request.image
-    encoded = None if picture is None else backbone.posterior(picture)
+    pictures = encode(backbone, run)
     solver = table_for(backbone, run)
     trajectories = []
     for i, seed in enumerate(run.seeds):
         generator = torch.Generator("cpu").manual_seed(seed)
         scheduler = run.schedule.fresh()
-        latents = _first_latents(backbone, run, i, scheduler, solver, generator, encoded)
+        begun = begin(backbone, run, i, scheduler, solver, generator, pictures)
         trajectories.append(
             Trajectory(
-                state=latents if solver is None else first_state(latents, solver.registers),
+                state=begun.latents if solver is None else first_state(begun.latents, solver.registers),
                 steps=run.steps,
                 scheduler=scheduler,
                 timesteps=run.schedule.timesteps,
                 times=run.schedule.times,
                 table=solver,
-                conditioning=conditioning,
+                conditioning={role: {**row, **begun.beside} for role, row in conditioning.items()},
                 guidance=backbone.family.guidance,
                 scales=run.scales,
                 generator=generator,
                 step_options=takes(scheduler.__class__),
                 kind=kind,
                 lora=backbone.loras[run.adapter] if run.adapter is not None else None,
+                outside=begun.outside,
             )
         )
     return trajectories
@@ -104,43 +103,6 @@ def table_for(backbone: Backbone, run: Run) -> Table | None:
         return table(run.schedule)
     except NotLinear:
         return None
-
-
-def _first_latents(
-    backbone: Backbone, run: Run, i: int, scheduler: Any, solver: Table | None, generator: torch.Generator, encoded: Any
-) -> Tensor:
-    """Noise, or the picture's latents with noise on them, in the order in which diffusers draws the two.
-
-    [1, channels, h, w]: in float32 at least where a table is followed.
-    """
-    scale = backbone.spec.latent_scale
-    shape = (1, backbone.spec.latent_channels, run.height // scale, run.width // scale)
-    device, dtype = backbone.device, backbone.dtype if solver is None else backbone.latent_dtype
-    clean = None if encoded is None else backbone.draw(encoded, generator).to(dtype)
-    if run.request.latents is not None:
-        noise = run.request.latents[i : i + 1].to(device, dtype)
-    else:
-        noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-    if clean is None:
-        return noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    signal, sigma = _mixture(scheduler, run.schedule.timesteps[:1], dtype) if solver is None else solver.add_noise
-    if backbone.spec.flow is not None:  # in diffusers' order, which settles how the sum lies in memory
-        return sigma * noise + signal * clean
-    return signal * clean + sigma * noise
-
-
-def _mixture(scheduler: Any, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What `add_noise` weighs samples and noise with at a time [1]: read off it with ones and zeros, on the CPU.
-
-    Given latents on a device, `add_noise` would move the scheduler's tables there, and every step would wait for them.
-    """
-    one, zero = torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)
-    if hasattr(scheduler, "add_noise"):
-        weights = (scheduler.add_noise(*pair, timesteps).reshape(()) for pair in ((one, zero), (zero, one)))
-    else:
-        weights = (scheduler.scale_noise(a, timesteps, b).reshape(()) for a, b in ((one, zero), (zero, one)))
-    signal, sigma = weights
-    return signal, sigma
 
 
 def decode(backbone: Backbone, latents: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,8 @@ class Request:
     for SDXL, `pooled_prompt_embeds` [1, dim]; `class_label` for class-conditional models; `latents`
     [num_images, channels, height / scale, width / scale] as the starting noise, of unit variance.
     Image `i` of `num_images` is drawn from `seed + i`. `quality` (low, medium, high, auto) may stand in place of
-    `acceleration`.
+    `acceleration`. `mask` has the size of `image`: what of it is transparent (or, without transparency, white) is made
+    anew, the rest is the picture to its latents' round trip.
     """
 
     prompt: str | None = None
@@ -41,6 +42,7 @@ class Request:
     scheduler: str | None = None
     image: Image.Image | None = None
     strength: float = 0.8
+    mask: Image.Image | None = None
     timestep_warp: float = 1.0
     acceleration: Accelerator | Sequence[Accelerator] = ()
     quality: str | None = None
@@ -80,7 +82,7 @@ def _content(value: object) -> object:
 class Run:
     """A request with every default filled in and every check passed; no tensor has been made yet.
 
-    Its request's picture already has the size of the run.
+    Its request's picture and mask already have the size of the run; the mask is 255 where the picture is made anew.
     """
 
     request: Request

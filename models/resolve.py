@@ -20,6 +20,7 @@ from models.errors import (
     WrongBackbone,
     cut,
 )
+from models.masks import beside_bytes, outside_bytes, painted, resized
 from models.profiles.choice import QUALITIES, Chosen, Outlook, choose, find, promises
 from models.request import Request, Run
 from models.reuse.compile import compile_run, feature_bytes
@@ -128,6 +129,11 @@ def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Req
     seed = _integer("seed", request.seed, 0, MAX_SEED - images, least=0)
     steps = compile_run(model.sites, accelerators, len(schedule.timesteps), guided, len(model.roles) - 1)
     latent_size = (height // model.latent_scale, width // model.latent_scale)
+    mask_bytes = 0
+    if request.mask is not None and request.image is not None:
+        request = replace(request, mask=resized(painted(request.mask, request.image), width, height))
+        kept = beside_bytes if model.inpaints else outside_bytes
+        mask_bytes = kept(model.latent_channels, *latent_size, model.latent_itemsize)
     if request.image is not None:
         request = replace(request, image=resize(request.image, width, height))
     return Run(
@@ -140,7 +146,8 @@ def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Req
         accelerators=accelerators,
         schedule=schedule,
         steps=steps,
-        feature_bytes=feature_bytes(model.sites, steps, *latent_size, model.itemsize, model.latent_itemsize),
+        feature_bytes=mask_bytes
+        + feature_bytes(model.sites, steps, *latent_size, model.itemsize, model.latent_itemsize),
         seeds=tuple(seed + i for i in range(images)),
         adapter=adapter,
         cfg_scale=cfg_scale,
@@ -203,6 +210,14 @@ def _inputs(model: ModelSpec, request: Request) -> None:
             raise WrongBackbone(name, f"{model.name} does not take it")
     if request.image is not None and not model.image_to_image:
         raise WrongBackbone("image", f"{model.name} has no image-to-image")
+    if request.mask is not None and not model.image_to_image:
+        raise WrongBackbone("mask", f"{model.name} has no image-to-image")
+    if request.mask is not None and request.image is None:
+        raise RequestError("mask", "says what of an image is made anew: give image too")
+    if model.inpaints:
+        for name in ("image", "mask"):
+            if getattr(request, name) is None:
+                raise RequestError(name, f"is required: {model.name} was trained to fill in masked parts of pictures")
     if model.takes == "class_label":
         if request.class_label is None or not 0 <= request.class_label < (model.num_classes or 0):
             raise OutOfRange("class_label", f"{request.class_label} is not in 0..{(model.num_classes or 0) - 1}")
@@ -220,6 +235,8 @@ def _inputs(model: ModelSpec, request: Request) -> None:
 
 def least_request(model: ModelSpec, **fields: Any) -> Request:
     """A request with nothing but what this model must be told, for measuring and counting."""
+    if model.inpaints:
+        fields = {"image": Image.new("RGB", (1, 1)), "mask": Image.new("L", (1, 1), 255), "strength": 1.0} | fields
     return Request(prompt="", class_label=0 if model.takes == "class_label" else None, **fields)
 
 

@@ -70,6 +70,7 @@ class ModelSpec:
     flow: FlowTimes | None = None  # how noise levels are asked for, with flow matching
     square: bool = False  # makes square pictures only
     image_to_image: bool = True
+    inpaints: bool = False  # the network is given a mask and what it leaves of a picture: requests must have both
     num_classes: int | None = None
     has_text_encoder: bool = True
     description: str = ""

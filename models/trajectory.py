@@ -18,6 +18,7 @@ from models.reuse.turns import Turn, settled
 
 if TYPE_CHECKING:
     from models.adapters.lora import Lora
+    from models.masks import Outside
     from models.solvers.tables import Table
 
 Decision = Literal["skipped", "computed"]
@@ -50,6 +51,7 @@ class Trajectory:
     table: Table | None = None
     kind: Hashable = ()
     lora: Lora | None = None
+    outside: Outside | None = None  # with a mask: what its latents are outside of it
     step: int = 0
     watched: bool = False  # keep what `preview` needs
     foreseen: Tensor | None = None  # the clean latents that the last prediction points to; `watched` runs only
@@ -142,8 +144,10 @@ class Trajectory:
         return bool(torch.isfinite(self.latents).all())
 
     def memory_bytes(self) -> int:
-        """Bytes of remembered features."""
-        return sum(memory.nbytes for memory in self.memory.values())
+        """Bytes of remembered features, and of what is kept for a mask."""
+        kept = 0 if self.outside is None else self.outside.nbytes
+        beside = self.conditioning[CONDITIONAL].get("beside")
+        return kept + (0 if beside is None else beside.nbytes) + sum(m.nbytes for m in self.memory.values())
 
 
 def effective_steps(trajectory: Trajectory) -> tuple[StepRows, ...]:

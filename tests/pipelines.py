@@ -24,7 +24,9 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     ZImagePipeline,
@@ -54,6 +56,8 @@ TEXT_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "dit")
 UNETS = ("sd", "sd2", "sdxl")
 JOINT = ("flux-dev", "flux-schnell", "sd3", "sd3.5", "klein-base", "klein", "z-image")
 """Transformers over text and image tokens, under flow matching; their sizes are said beside them."""
+INPAINT = ("sd-inpaint", "sdxl-inpaint")
+"""U-Nets of nine input channels, which fill in masked parts of pictures."""
 
 
 def _vae(**options: Any) -> AutoencoderKL:
@@ -131,8 +135,18 @@ def _sd(prediction_type: str = "epsilon", **options: Any) -> StableDiffusionPipe
     )
 
 
-def _sdxl() -> StableDiffusionXLPipeline:
+def _sd_inpaint() -> StableDiffusionInpaintPipeline:
+    components = _sd(in_channels=9, layers_per_block=1).components
+    return StableDiffusionInpaintPipeline(**components, requires_safety_checker=False)
+
+
+def _sdxl_inpaint() -> StableDiffusionXLInpaintPipeline:
+    return StableDiffusionXLInpaintPipeline(**_sdxl(in_channels=9).components, add_watermarker=False)
+
+
+def _sdxl(**options: Any) -> StableDiffusionXLPipeline:
     unet = _unet(
+        **options,
         block_out_channels=(16, 32),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -338,6 +352,8 @@ _MAKERS: dict[str, Any] = {
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ),
     "sdxl": _sdxl,
+    "sd-inpaint": _sd_inpaint,
+    "sdxl-inpaint": _sdxl_inpaint,
     "dit": _dit,
     "flux-dev": lambda: _flux(guidance=True),
     "flux-schnell": lambda: _flux(guidance=False),

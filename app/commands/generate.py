@@ -46,6 +46,9 @@ def generate(
     size: SizeOption = None,
     image: Annotated[Path | None, typer.Option(help="A picture to start from (image-to-image).")] = None,
     strength: Annotated[float, typer.Option(help="How much of it to redo, 0 to 1.")] = 0.8,
+    mask: Annotated[
+        Path | None, typer.Option(help="What of --image is repainted: transparent, or in a grey mask white; its size.")
+    ] = None,
     timestep_warp: Annotated[float, typer.Option(help="γ of warped time steps.")] = 1.0,
     class_label: Annotated[int | None, typer.Option(help="The class, for class-conditional models.")] = None,
     acceleration: AccelerationOption = None,
@@ -88,8 +91,9 @@ def generate(
         seed=seed,
         num_images=num_images,
         scheduler=scheduler,
-        image=_open(image),
+        image=None if (picture := _open(image, "--image")) is None else picture.convert("RGB"),
         strength=strength,
+        mask=_open(mask, "--mask"),
         timestep_warp=timestep_warp,
         class_label=class_label,
         acceleration=accelerators,
@@ -112,14 +116,14 @@ def generate(
     console.print(f"{usage.steps} steps, {usage.rows} rows, {usage.macs / 1e9:.3f} GMACs ({saved:.0%} saved)")
 
 
-def _open(path: Path | None) -> Image.Image | None:
+def _open(path: Path | None, option: str) -> Image.Image | None:
     if path is None:
         return None
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return ImageOps.exif_transpose(picture).copy()
     except (OSError, UnidentifiedImageError) as error:
-        raise typer.BadParameter(f"{path}: {error}", param_hint="--image") from error
+        raise typer.BadParameter(f"{path}: {error}", param_hint=option) from error
 
 
 def register(app: typer.Typer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -62,7 +62,8 @@ class Generation:
     began: float
     deadline: float
     held: Held
-    picture_digest: str | None
+    digests: Mapping[str, str]
+    """Of the pictures that came with it, by field."""
     finished: Finished | None = None
     costs: Count = field(init=False)
 
@@ -174,7 +175,8 @@ class Generation:
                 "seed": seed,
                 "acceleration": [a.model_dump(mode="json", by_alias=True) for a in run.accelerators],
             }
-            | ({} if self.picture_digest is None else {"image_sha256": self.picture_digest, "strength": asked.strength})
+            | {f"{name}_sha256": digest for name, digest in self.digests.items()}
+            | ({"strength": asked.strength} if "image" in self.digests else {})
         )
 
     def leave(self, error: BaseException | None = None) -> None:

@@ -21,14 +21,14 @@ MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg"
 QUALITY = 95
 
 
-def decode_base64(text: str) -> bytes:
-    """Base64, with or without a `data:` prefix. Raises `Impossible` for anything else."""
+def decode_base64(text: str, field: str = "image") -> bytes:
+    """Base64, with or without a `data:` prefix. Raises `Impossible`, which names the field, for anything else."""
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Impossible("image: is not valid base64", param="image") from error
+        raise Impossible(f"{field}: is not valid base64", param=field) from error
 
 
 class Upload(NamedTuple):
@@ -38,38 +38,45 @@ class Upload(NamedTuple):
     alpha: Image.Image | None
 
 
-def read(data: bytes, max_pixels: int) -> Upload:
+def read(data: bytes, max_pixels: int, field: str = "image") -> Upload:
     """An uploaded PNG, JPEG or WebP as RGB, upright; its size is checked before a pixel is decoded."""
-    with _refusing(max_pixels):
-        return flatten(ImageOps.exif_transpose(_opened(data, max_pixels)))
+    return flatten(read_as_is(data, max_pixels, field))
 
 
-def pixels_of(data: bytes, max_pixels: int) -> int:
+def read_as_is(data: bytes, max_pixels: int, field: str) -> Image.Image:
+    """The same in the mode that it has, transparency included."""
+    with _refusing(max_pixels, field):
+        picture = ImageOps.exif_transpose(_opened(data, max_pixels, field))
+        picture.load()
+        return picture
+
+
+def pixels_of(data: bytes, max_pixels: int, field: str = "image") -> int:
     """How many pixels an uploaded PNG, JPEG or WebP has; none is decoded. Raises what `read` would."""
-    with _refusing(max_pixels):
-        width, height = _opened(data, max_pixels).size
+    with _refusing(max_pixels, field):
+        width, height = _opened(data, max_pixels, field).size
         return width * height
 
 
-def _opened(data: bytes, max_pixels: int) -> Image.Image:
+def _opened(data: bytes, max_pixels: int, field: str) -> Image.Image:
     picture = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = picture.size
     if width * height > max_pixels:
-        raise Impossible(f"image: {width}x{height} is more than {max_pixels} pixels", param="image")
+        raise Impossible(f"{field}: {width}x{height} is more than {max_pixels} pixels", param=field)
     return picture
 
 
 @contextmanager
-def _refusing(max_pixels: int) -> Iterator[None]:
+def _refusing(max_pixels: int, field: str) -> Iterator[None]:
     """What may be wrong with an upload, as `Impossible`."""
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Impossible(f"image: is more than {max_pixels} pixels", param="image") from error
+        raise Impossible(f"{field}: is more than {max_pixels} pixels", param=field) from error
     except UnidentifiedImageError as error:
-        raise Impossible("image: is no PNG, JPEG or WebP", param="image") from error
+        raise Impossible(f"{field}: is no PNG, JPEG or WebP", param=field) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise Impossible("image: is damaged", param="image") from error
+        raise Impossible(f"{field}: is damaged", param=field) from error
 
 
 def flatten(picture: Image.Image) -> Upload:

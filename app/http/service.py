@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ from app.engine.job import Job
 from app.errors import Impossible, ModelNotFound, ServiceError
 from app.http.counting import Counting, uncounted
 from app.http.generation import Generation, Mailbox
-from app.http.pictures import decode_base64, pixels_of, read
+from app.http.pictures import decode_base64, pixels_of, read, read_as_is
 from app.http.pool import Pool
 from app.http.record import Record
 from app.http.schemas.requests import GenerationRequest
@@ -33,13 +33,13 @@ from models.reuse.plans import StepRows
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that is possible: its model, its run, who may share a forward with it, the digest of its picture."""
+    """A request that is possible: its model, its run, who may share a forward with it, the digests of its pictures."""
 
     model: str
     backbone: Backbone
     run: Run
     group: Hashable
-    digest: str | None
+    digests: Mapping[str, str]
 
 
 class Service:
@@ -68,16 +68,22 @@ class Service:
             raise ModelNotFound(f"model: {cut(known)!r} is not served; one of {', '.join(backbones)}", param="model")
         return backbones[known]
 
-    async def open(self, asked: GenerationRequest, record: Record, uploads: list[bytes] | None = None) -> Generation:
+    async def open(
+        self, asked: GenerationRequest, record: Record, uploads: dict[str, bytes] | None = None
+    ) -> Generation:
         """Check a request, resolve it and hand it to the engine. Raises what the client is to be told.
 
-        A picture is taken out of `uploads`, and out of the request: what is accepted keeps it in the model's size.
+        Pictures are taken out of `uploads`, and out of the request: what is accepted keeps them in the model's size.
         """
         began, loop = self.engine.clock(), asyncio.get_running_loop()
         held = self.waiting.hold(0)
         try:
-            prepared = await self.prepare(asked, record, uploads.pop() if uploads else None)
-            asked.image = None
+            pictures = dict(uploads or {})
+            if uploads is not None:
+                uploads.clear()
+            prepared = await self.prepare(asked, record, pictures)
+            asked.forget_pictures()
+            pictures.clear()
             run, name = prepared.run, prepared.model
             held.resize(kept_bytes(run))
             mailbox = Mailbox(loop)
@@ -113,27 +119,32 @@ class Service:
             began=began,
             deadline=self._deadline(asked, record),
             held=held,
-            picture_digest=prepared.digest,
+            digests=prepared.digests,
         )
 
-    async def prepare(self, asked: GenerationRequest, record: Record, picture: bytes | None = None) -> Prepared:
-        """Check a request and resolve it, where the engine takes work. Raises what the client is to be told."""
+    async def prepare(
+        self, asked: GenerationRequest, record: Record, pictures: Mapping[str, bytes] | None = None
+    ) -> Prepared:
+        """Check a request and resolve it, where the engine takes work. Raises what the client is to be told.
+
+        `pictures` that came as files stand in place of those in the request.
+        """
         self.engine.check()
         name = asked.model if asked.model is not None else next(iter(self.engine.backbones))
         backbone = self.backbone(name)
         record.model = name
         record.acceleration = acceleration_label(asked.accelerators)
         self.limit(asked)
-        sent = len(asked.image or "") if picture is None else len(picture)
-        with self.waiting.hold(REQUEST_BYTES + sent):
+        given = {**asked.pictures, **(pictures or {})}
+        with self.waiting.hold(REQUEST_BYTES + sum(map(len, given.values()))):
             async with in_time(self._deadline(asked, record)):
-                if not sent:
-                    run, group = await self.pool.run(self._resolve, backbone, asked, None, name)
-                    return Prepared(name, backbone, run, group, None)
-                data, pixels = await self.pool.run(self._upload, asked, picture)
+                if not given:
+                    run, group = await self.pool.run(self._resolve, backbone, asked, {}, name)
+                    return Prepared(name, backbone, run, group, {})
+                files, pixels = await self.pool.run(self._upload, given)
                 async with self._decoding.take(pixels):
-                    run, group = await self.pool.run(self._resolve, backbone, asked, data, name)
-                return Prepared(name, backbone, run, group, await self.pool.run(_digest, data))
+                    run, group = await self.pool.run(self._resolve, backbone, asked, files, name)
+                return Prepared(name, backbone, run, group, await self.pool.run(_digests, files))
 
     def _deadline(self, asked: GenerationRequest, record: Record) -> float:
         """On the loop's clock, which is the monotonic one."""
@@ -156,16 +167,16 @@ class Service:
                 most = settings.max_prompt_length
                 raise Impossible(f"{name}: {len(text)} characters are more than this server's {most}", param=name)
 
-    def _upload(self, asked: GenerationRequest, picture: bytes | None) -> tuple[bytes, int]:
-        """On a thread of the pool: an uploaded file, and how many pixels it says that it has."""
-        data = decode_base64(asked.image or "") if picture is None else picture
-        return data, pixels_of(data, self.settings.max_image_pixels)
+    def _upload(self, given: Mapping[str, str | bytes]) -> tuple[dict[str, bytes], int]:
+        """On a thread of the pool: uploaded files by field, and how many pixels they say that they have."""
+        files = {name: decode_base64(one, name) if isinstance(one, str) else one for name, one in given.items()}
+        return files, sum(pixels_of(data, self.settings.max_image_pixels, name) for name, data in files.items())
 
     def _resolve(
-        self, backbone: Backbone, asked: GenerationRequest, data: bytes | None, name: str
+        self, backbone: Backbone, asked: GenerationRequest, files: Mapping[str, bytes], name: str
     ) -> tuple[Run, Hashable]:
-        """On a thread of the pool: the uploaded picture, then the library's checks; it gets the run's size."""
-        spec, limit = backbone.spec, self.settings.max_pixels
+        """On a thread of the pool: the uploaded pictures, then the library's checks; they get the run's size."""
+        spec, limit, most = backbone.spec, self.settings.max_pixels, self.settings.max_image_pixels
         if limit == "auto":
             limit = 4 * spec.native_width * spec.native_height
         width, height = asked.width or spec.native_width, asked.height or spec.native_height
@@ -183,8 +194,9 @@ class Service:
             seed=random.getrandbits(32) if asked.seed is None else asked.seed,
             num_images=asked.num_images,
             scheduler=asked.scheduler,
-            image=None if data is None else read(data, self.settings.max_image_pixels).picture,
+            image=read(files["image"], most).picture if "image" in files else None,
             strength=asked.strength,
+            mask=read_as_is(files["mask"], most, "mask") if "mask" in files else None,
             timestep_warp=asked.timestep_warp,
             acceleration=asked.accelerators,
             quality=asked.quality,
@@ -218,9 +230,10 @@ class Service:
 
 def kept_bytes(run: Run) -> int:
     """What an accepted request keeps until it is answered."""
-    picture = run.request.image
-    return REQUEST_BYTES + (0 if picture is None else 4 * picture.width * picture.height)
+    pixels = run.width * run.height
+    picture, mask = (0 if one is None else pixels for one in (run.request.image, run.request.mask))
+    return REQUEST_BYTES + 4 * picture + mask
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}

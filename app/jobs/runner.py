@@ -22,7 +22,7 @@ from app.errors import (
 )
 from app.http.problems import translate
 from app.http.record import Record
-from app.http.schemas.requests import GenerationRequest
+from app.http.schemas.requests import PICTURES, GenerationRequest
 from app.jobs.queue import Claimed, Jobs
 from app.jobs.retention import Retention
 from app.jobs.store import Row
@@ -39,7 +39,6 @@ SWEEP_SECONDS = 10.0
 RETRY_SECONDS = 2.0
 """How long to wait for a store that is full or cannot be reached."""
 STOP_SECONDS = 20.0
-PICTURE = "image"
 """The name of a job's upload in the store."""
 
 
@@ -228,10 +227,10 @@ class Runner:
         job_id = row["id"]
         try:
             asked = GenerationRequest.model_validate({**row["body"], "stream": True})
-            picture = await self._picture(row)
+            pictures = await self._pictures(row)
             await self._same_weights(row)
             record = Record(job_id, client=f"{row['priority']} jobs of {row['owner']}")
-            generation = await self.service.open(asked, record, None if picture is None else [picture])
+            generation = await self.service.open(asked, record, pictures)
             error: BaseException | None = ClientGone("the job was stopped")
             try:
                 async for event in generation.events():
@@ -278,11 +277,9 @@ class Runner:
                 waiting = True
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def _picture(self, row: Row) -> bytes | None:
-        if "image" not in row["digests"]:
-            return None
-        store = self.jobs.store
-        return await store.call(lambda: b"".join(store.read(row["id"], PICTURE)))
+    async def _pictures(self, row: Row) -> dict[str, bytes]:
+        store, names = self.jobs.store, [name for name in PICTURES if name in row["digests"]]
+        return {name: await store.call(lambda name=name: b"".join(store.read(row["id"], name))) for name in names}
 
     async def _same_weights(self, row: Row) -> None:
         """Raise `ModelChanged` where the job's picture would be another than when it was accepted."""

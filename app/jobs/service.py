@@ -13,13 +13,13 @@ from app.errors import Impossible, NotFound, ServiceError
 from app.http.pictures import decode_base64
 from app.http.record import Record
 from app.http.schemas.jobs import JobBody, JobImage, JobRequest
-from app.http.schemas.requests import GenerationRequest
+from app.http.schemas.requests import PICTURES, GenerationRequest
 from app.jobs.batches import Batches
 from app.jobs.driver import Driver
 from app.jobs.files import Files
 from app.jobs.queue import Jobs, NewJob, Priority
 from app.jobs.retention import Retention
-from app.jobs.runner import PICTURE, Runner
+from app.jobs.runner import Runner
 from app.jobs.store import Row, Store
 from app.jobs.webhooks import Allowed, Webhooks
 from app.settings import Settings
@@ -84,10 +84,12 @@ class JobService:
 
     async def prepare(self, asked: GenerationRequest, owner: str, record: Record, priority: Priority) -> NewJob:
         """A request that is possible as a job, resolved: seed drawn, defaults filled in, its weights' digests noted."""
-        picture = None if asked.image is None else await self._service.pool.run(decode_base64, asked.image)
-        prepared = await self._service.prepare(asked, record, picture)
+        pictures = {
+            name: await self._service.pool.run(decode_base64, text, name) for name, text in asked.pictures.items()
+        }
+        prepared = await self._service.prepare(asked, record, pictures)
         run = prepared.run
-        body = asked.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"image", "stream"})
+        body = asked.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={*PICTURES, "stream"})
         body |= {
             "model": prepared.model,
             "width": run.width,
@@ -99,14 +101,14 @@ class JobService:
         body |= {"guidance_scale": run.guidance_scale} if run.adapter is None else {}
         digests = await self._service.pool.run(self.runner.digests, prepared.model, run.adapter)
         digests |= {"adapter_name": run.adapter} if run.adapter is not None else {}
-        digests |= {"image": prepared.digest} if prepared.digest is not None else {}
+        digests |= prepared.digests
         return NewJob(
             owner=owner,
             body={name: value for name, value in body.items() if value is not None},
             digests=digests,
             fingerprint="",
             priority=priority,
-            uploads=None if picture is None else {PICTURE: picture},
+            uploads=pictures or None,
         )
 
     async def shown(self, rows: Sequence[Row]) -> list[JobBody]:

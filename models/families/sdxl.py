@@ -14,19 +14,19 @@ from models.families.base import Parts
 from models.families.configs import ANY
 from models.families.text import TextFamily
 from models.guidance import ClassifierFree
-from models.networks.base import Network
 from models.request import Request, Run
 from models.reuse.rows import Conditioning
 
 
-class StableDiffusionXL(TextFamily):
+class StableDiffusionXL(unets.TextUNet):
     """A U-Net on two text encoders, one of them pooled, that is told the size of the picture."""
 
     name = "sdxl"
-    pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
-    network_class = unets.CLASS
-    part = "unet"
-    kind = "unet"
+    pipelines = (
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+    )
     optional = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     implements = unets.IMPLEMENTS | {
         "addition_embed_type": ("text_time",),
@@ -41,14 +41,6 @@ class StableDiffusionXL(TextFamily):
     guidance = ClassifierFree()
     default_guidance_scale = 5.0
     inputs = TextFamily.inputs | {"pooled_prompt_embeds", "negative_pooled_prompt_embeds"}
-
-    def network(self, module: Any) -> Network:
-        """See `Family`."""
-        return unets.wrapped(module)
-
-    def text_tokens(self, pipeline: Any) -> int:
-        """See `Family`."""
-        return int(getattr(pipeline.tokenizer, "model_max_length", self.usual_text_tokens))
 
     def encode_texts(self, parts: Parts, texts: list[str]) -> Conditioning:
         """See `TextFamily`."""
@@ -94,10 +86,6 @@ class StableDiffusionXL(TextFamily):
         return unets.text(rows, text_tokens, config["cross_attention_dim"]) | {
             name: torch.empty(rows, dim, device="meta") for name, dim in added.items()
         }
-
-    def forward(self, module: Any, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """See `Family`."""
-        return unets.forward(module, x, t, conditioning)
 
 
 def _statistics(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:

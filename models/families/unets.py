@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from models.errors import ModelLoadError
 from models.families.configs import ANY, Values
+from models.families.text import TextFamily
 from models.networks.attention import install
+from models.networks.base import Network
 from models.networks.unet import UNet
 from models.reuse.rows import Conditioning
 
@@ -50,15 +54,53 @@ IMPLEMENTS: dict[str, Values] = {
 `time_cond_proj_dim` (the scale embedded, as in LCM), `class_embed_type`, `encoder_hid_dim_type`, `attention_type` …"""
 
 
-def wrapped(module: Any) -> UNet:
-    """A freshly loaded U-Net as one that serves rows."""
-    install(module)
-    return UNet(module)
+class TextUNet(TextFamily):
+    """A U-Net conditioned on text. One with more input channels than its latents fills in masked parts of pictures: it
+    is given a mask and the latents of what that leaves."""
+
+    network_class = CLASS
+    part = "unet"
+    kind = "unet"
+
+    def network(self, module: Any) -> Network:
+        """See `Family`."""
+        install(module)
+        return UNet(module)
+
+    def text_tokens(self, pipeline: Any) -> int:
+        """See `Family`."""
+        return int(getattr(pipeline.tokenizer, "model_max_length", self.usual_text_tokens))
+
+    def latent_channels(self, config: Mapping[str, Any]) -> int:
+        """See `Family`."""
+        return int(config["out_channels"])
+
+    def input_channels(self, config: Mapping[str, Any]) -> int:
+        """See `Family`."""
+        return int(config["in_channels"])
+
+    def check_latents(self, config: Mapping[str, Any], latent_channels: int) -> None:
+        """See `Family`; a mask and the latents that it leaves may stand beside the latents."""
+        given = self.input_channels(config)
+        if given not in (latent_channels, 2 * latent_channels + 1):
+            reason = f"in_channels = {given} are not the {latent_channels} of the VAE's latents"
+            masked = f"nor {2 * latent_channels + 1} with a mask and what it leaves"
+            place = f"{self.part}/config.json"
+            raise ModelLoadError(f"{place}: {reason}, {masked}, which is not implemented for {self.name}")
+        super().check_latents({**config, "in_channels": config["out_channels"]}, latent_channels)
+
+    def facts(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Family`."""
+        return {**super().facts(config), "inpaints": self.input_channels(config) != self.latent_channels(config)}
+
+    def forward(self, module: Any, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """See `Family`."""
+        return forward(module, x, t, conditioning)
 
 
 def forward(module: Any, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
     """diffusers' own forward, with gradient."""
-    added = {name: tensor for name, tensor in conditioning.items() if name != "encoder_hidden_states"}
+    added = {name: conditioning[name] for name in ("text_embeds", "time_ids") if name in conditioning}
     prediction: Tensor = module(
         x,
         timestep=t,

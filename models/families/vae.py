@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
@@ -22,7 +23,12 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(one) for one in pixels.numpy()]
 
 
-def posterior(vae: Any, picture: Image.Image, device: torch.device) -> Any:
-    """A picture of the right size to the distribution of its latents: diffusers' `DiagonalGaussianDistribution`."""
-    pixels = VaeImageProcessor(do_resize=False).preprocess(picture).to(device, vae.dtype)
-    return vae.encode(pixels).latent_dist
+def posterior(vae: Any, picture: Image.Image, device: torch.device, mask: Image.Image | None = None) -> Any:
+    """A picture of the right size to the distribution of its latents: diffusers' `DiagonalGaussianDistribution`.
+
+    Under a mask (mode L, 255 inside) it is grey.
+    """
+    pixels = VaeImageProcessor(do_resize=False).preprocess(picture)
+    if mask is not None:
+        pixels = pixels * (torch.from_numpy(np.array(mask)) < 128)
+    return vae.encode(pixels.to(device, vae.dtype)).latent_dist

@@ -102,6 +102,8 @@ class UNet:
         x, t = places.take(x, order), places.take(t, order)
         conditioning = {name: places.take(value, order) for name, value in conditioning.items()}
         rows = [rows[i] for i in order]
+        if "beside" in conditioning:  # further channels of what the network is given
+            x = torch.cat([x, conditioning["beside"]], dim=1)
         unet = self.module
         factor = 2 ** sum(one.upsampler is not None for one in self.levels)
         if getattr(unet.config, "center_input_sample", False):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from models.masks import Outside, blend
 from models.solvers.tables import Table
 
 
@@ -28,6 +29,8 @@ class Move:
     """(row among the tick's predictions, weight) of each role; guidance of scale s weighs s and 1 - s."""
     registers: int
     """How many registers its state holds: the table's, or more after a tick with a trajectory that has more."""
+    masked: bool = False
+    """Whether its latents outside a mask follow a picture."""
 
     @property
     def draws(self) -> bool:
@@ -55,6 +58,10 @@ class Packed:
     """[trajectories]"""
     preview: Tensor
     """[trajectories, 2], as in `Table`: of the sample and of the prediction."""
+    levels: Tensor
+    """[trajectories, 2], as in `Table`: of the samples after the step."""
+    masked: Tensor | None
+    """[masked trajectories], integers; None where all of them are, or none."""
     draws: bool
     """Whether any step takes noise."""
 
@@ -71,7 +78,8 @@ def pack(moves: Sequence[Move], dtype: torch.dtype, device: torch.device) -> Pac
     weights, rows = np.zeros((count, roles), real), np.empty((count, roles), whole)
     owners = np.empty(1 + max(row for move in moves for row, _ in move.predictions), whole)
     sources, held = np.empty((count, size), whole), 0
-    scalars = np.empty((4, count), real)  # time, scale of the input, preview
+    scalars = np.empty((6, count), real)  # time, scale of the input, preview, level after the step
+    masked = np.array([i for i, move in enumerate(moves) if move.masked], whole)
     for i, move in enumerate(moves):
         numbers, own = move.table.host[0][move.step], move.table.registers
         coefficients[i, :own, :own] = numbers[:, :own]
@@ -84,7 +92,8 @@ def pack(moves: Sequence[Move], dtype: torch.dtype, device: torch.device) -> Pac
         held += move.registers
         scalars[:, i] = move.table.host[1][move.step]
     # Integers travel as the bits of reals of their size, so that there is one tensor to upload.
-    blocks = [coefficients, weights, scalars, rows.view(real), owners.view(real), sources.view(real)]
+    integers = [rows.view(real), owners.view(real), sources.view(real), masked.view(real)]
+    blocks = [coefficients, weights, scalars, *integers]
     sent = torch.from_numpy(np.concatenate([block.ravel() for block in blocks]))
     if device.type == "cuda":
         sent = sent.pin_memory()
@@ -98,7 +107,9 @@ def pack(moves: Sequence[Move], dtype: torch.dtype, device: torch.device) -> Pac
         sources=None if all(move.registers == size for move in moves) else parts[5].view(integer),
         timesteps=parts[2][:count],
         input_scale=parts[2][count : 2 * count],
-        preview=parts[2][2 * count :].view(2, count).t(),
+        preview=parts[2][2 * count : 4 * count].view(2, count).t(),
+        levels=parts[2][4 * count :].view(2, count).t(),
+        masked=parts[6].view(integer).long() if 0 < len(masked) < count else None,
         draws=any(move.draws for move in moves),
     )
 
@@ -152,6 +163,22 @@ def step(state: Tensor, prediction: Tensor, packed: Packed, noise: Tensor | None
     operands += [] if noise is None else [noise]
     terms = [operand[:, None] for operand in operands]  # R + 2 of [trajectories, 1, channels, h, w]
     return _weighted_sum(terms, packed.coefficients.unbind(2))
+
+
+def hold(state: Tensor, packed: Packed, outsides: Sequence[Outside]) -> Tensor:
+    """States [trajectories, R, channels, h, w] after a step, with the samples of masked ones as their pictures outside.
+
+    `outsides` are those of the masked trajectories, in order. The state given is written over.
+    """
+    clean, noise, inside = (torch.cat([getattr(o, name) for o in outsides]) for name in ("clean", "noise", "inside"))
+    levels = packed.levels if packed.masked is None else packed.levels.index_select(0, packed.masked)
+    original = _weighted_sum([clean, noise], levels.unbind(1))
+    samples = state[:, 0]
+    if packed.masked is None:
+        samples.copy_(blend(samples, original, inside))
+    else:
+        samples.index_copy_(0, packed.masked, blend(samples.index_select(0, packed.masked), original, inside))
+    return state
 
 
 def preview(state: Tensor, prediction: Tensor, packed: Packed) -> Tensor:

@@ -29,6 +29,7 @@ class Step:
     noise_dtype: torch.dtype | None  # of the numbers drawn; None where the step draws none
     input_scale: float
     preview: tuple[float, float]
+    level: tuple[float, float]
 
 
 def probe(scheduler: Any, t: Tensor) -> tuple[Any, Step]:
@@ -49,8 +50,9 @@ def probe(scheduler: Any, t: Tensor) -> tuple[Any, Step]:
     matrix = rows[:, : before + 1]
     ready = _copy(scheduler)
     scale = float(model_input(ready, torch.ones(1, 1, 1, 1, dtype=torch.float64), t))
-    preview = _preview(scheduler.config.get("prediction_type", "flow_prediction"), *noised(ready, t))
-    return after, Step(matrix[:, :-1], matrix[:, -1], noise, dtype, scale, preview)
+    level = noised(ready, t)
+    preview = _preview(scheduler.config.get("prediction_type", "flow_prediction"), *level)
+    return after, Step(matrix[:, :-1], matrix[:, -1], noise, dtype, scale, preview, level)
 
 
 def _stepped(scheduler: Any, t: Tensor, vectors: Tensor) -> tuple[Any, Tensor, bool]:

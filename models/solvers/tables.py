@@ -26,13 +26,12 @@ from models.solvers.probe import (
     drawn_noise,
     fresh_generator,
     model_input,
-    noised,
     probe,
     take_step,
 )
 
 CACHED_TABLES = 128
-"""Tables kept. One takes (R² + 2R + 4) · 8 bytes a step: 0.2 to 6 kB for 25 steps."""
+"""Tables kept. One takes (R² + 2R + 6) · 8 bytes a step: 0.2 to 6 kB for 25 steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +53,15 @@ class Table:
     """[steps, 2]: how much of the sample before the step and of the model output make the clean latents foretold."""
     init_noise_sigma: float
     """The standard deviation of the noise that a run from text begins with."""
-    add_noise: tuple[float, float]
-    """How much of the encoded image and of unit noise make the latents that a run from an image begins with."""
+    levels: Tensor
+    """[steps + 1, 2]: how much of clean latents and of unit noise make the sample that a step is given, or, in the end,
+    the result. A run from an image begins with the first."""
+
+    @property
+    def add_noise(self) -> tuple[float, float]:
+        """How much of the encoded image and of unit noise make the latents that a run from an image begins with."""
+        signal, noise = self.levels[0].tolist()
+        return signal, noise
 
     @property
     def registers(self) -> int:
@@ -64,11 +70,13 @@ class Table:
 
     @cached_property
     def host(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """For packing: the coefficients, and [steps, 4] of time, scale of the input, and preview; as arrays.
+        """For packing: the coefficients, and [steps, 6] of time, scale of the input, preview, and the level of the
+        sample after the step; as arrays.
 
         Looking a number up in a tensor would be an operator to dispatch.
         """
-        scalars = torch.cat([self.timesteps[:, None], self.input_scale[:, None], self.preview], dim=1)
+        times = [self.timesteps[:, None], self.input_scale[:, None]]
+        scalars = torch.cat([*times, self.preview, self.levels[1:]], dim=1)
         return self.coefficients.numpy(), scalars.numpy()
 
     def __len__(self) -> int:
@@ -126,15 +134,14 @@ def _read(schedule: NoiseSchedule) -> Table:
     for t in schedule.timesteps:
         scheduler, step = probe(scheduler, t)
         steps.append(step)
-    first = schedule.fresh()
     result = Table(
         coefficients=_compact(steps),
         draws=tuple(step.noise_dtype is not None for step in steps),
         timesteps=schedule.timesteps.double(),
         input_scale=torch.tensor([step.input_scale for step in steps], dtype=torch.float64),
         preview=torch.tensor([step.preview for step in steps], dtype=torch.float64),
-        init_noise_sigma=float(getattr(first, "init_noise_sigma", 1.0)),
-        add_noise=noised(first, schedule.timesteps[0]),
+        init_noise_sigma=float(getattr(schedule.scheduler, "init_noise_sigma", 1.0)),
+        levels=torch.tensor([*(step.level for step in steps), (1.0, 0.0)], dtype=torch.float64),
     )
     _verify(schedule, result, [step.noise_dtype for step in steps])
     return result

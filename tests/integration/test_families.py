@@ -250,9 +250,9 @@ def test_a_network_on_other_latents_is_refused(pipeline_dir: Directories, tmp_pa
     """An inpainting U-Net takes nine channels."""
     directory = shutil.copytree(pipeline_dir("sd"), tmp_path / "inpainting")
     pipeline = StableDiffusionPipeline.from_pretrained(directory)
-    unet = pipeline.unet.from_config({**pipeline.unet.config, "in_channels": 9})
+    unet = pipeline.unet.from_config({**pipeline.unet.config, "in_channels": 10})
     unet.save_pretrained(directory / "unet")
-    with pytest.raises(ModelLoadError, match="in_channels = 9 are not the 4 of the VAE's latents"):
+    with pytest.raises(ModelLoadError, match="in_channels = 10 are not the 4 of the VAE's latents"):
         load(str(directory), device="cpu", dtype="float32")
 
 

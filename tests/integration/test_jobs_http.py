@@ -67,6 +67,14 @@ def picture() -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 
+def half_clear() -> str:
+    """A mask that has the left half repainted."""
+    mask, out = Image.new("RGBA", (40, 24), "black"), io.BytesIO()
+    mask.paste((0, 0, 0, 0), (0, 0, 20, 24))
+    mask.save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
 @aio
 async def test_a_job_gives_what_a_live_request_gives(student_of: Models, tmp_path: Path) -> None:
     body: dict[str, Any] = {
@@ -101,9 +109,10 @@ async def test_a_seed_that_is_drawn_and_an_upload_survive_the_process(student_of
     """Stopped while it runs, with another waiting: both run in the next process, from the seeds of the first."""
     gate = Gate()
     models = {"sd": hooked(student_of("sd"), gate)}
+    start = {"image": picture(), "mask": half_clear(), "strength": 0.5, "output_format": "webp"}
     async with serving(models, data_dir=tmp_path, jobs_in_flight=1) as served:
         gate.shut()
-        first = await submit(served, seed=None, image=picture(), strength=0.5, output_format="webp")
+        first = await submit(served, seed=None, **start)
         second = await submit(served, seed=None)
         await asyncio.to_thread(gate.reached.wait, 20)
         waiting = (await served.client.get(f"{JOBS}/{second['id']}")).json()
@@ -116,11 +125,13 @@ async def test_a_seed_that_is_drawn_and_an_upload_survive_the_process(student_of
             assert (after["status"], after["seed"]) == ("completed", before["seed"])
         assert first["seed"] != second["seed"]
         assert first["has_image"]
-        assert "image" not in first["request"]
+        assert not {"image", "mask"} & first["request"].keys()
         made = await served.client.get(f"{JOBS}/{first['id']}/content")
         assert made.headers["content-type"] == "image/webp"
-        live = await served.post(seed=first["seed"], image=picture(), strength=0.5, output_format="webp")
+        live = await served.post(seed=first["seed"], **start)
         assert np.abs(shown(made.content) - pixels(live.json())).mean() < 1
+        unmasked = await served.post(seed=first["seed"], **{**start, "mask": None})
+        assert np.abs(shown(made.content) - pixels(unmasked.json())).mean() > 1
 
 
 @aio

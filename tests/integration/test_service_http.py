@@ -319,3 +319,56 @@ async def test_the_openai_client(student_of: Student) -> None:
         assert caught.value.code == "out_of_range"
         with pytest.raises(openai.AuthenticationError):
             await client.with_options(api_key="wrong").images.generate(model="sd", prompt=PROMPT)
+
+
+def clear_left(size: tuple[int, int] = (40, 24)) -> bytes:
+    """A mask as OpenAI's clients send it: transparent where the picture is to change."""
+    mask = Image.new("RGBA", size, "black")
+    mask.paste((0, 0, 0, 0), (0, 0, size[0] // 2, size[1]))
+    out = io.BytesIO()
+    mask.save(out, "PNG")
+    return out.getvalue()
+
+
+@aio
+async def test_masks_in_json_in_forms_and_by_openais_client(student_of: Student) -> None:
+    backbone = student_of("sd")
+    asked = {"seed": 5, "num_inference_steps": 3, "strength": 0.7}
+    async with serving({"sd": backbone}) as served:
+        files = {"image": picture(), "mask": clear_left()}
+        encoded = {name: base64.b64encode(data).decode() for name, data in files.items()}
+        ours = (await served.post(**asked, **encoded)).json()
+        client = client_of(served)
+        theirs = await client.images.edit(
+            image=("a.png", picture()), mask=("m.png", clear_left()), prompt=PROMPT, model="sd", extra_body=asked
+        )
+        plain = (await served.post(**asked, image=encoded["image"])).json()
+        opened = Image.open(io.BytesIO(base64.b64decode(ours["images"][0]["b64_json"])))
+        for bad, field in (
+            ({"mask": encoded["mask"]}, "mask"),
+            ({**encoded, "mask": base64.b64encode(clear_left((40, 20))).decode()}, "mask"),
+            ({**encoded, "mask": encoded["image"]}, "mask"),
+            ({**encoded, "mask": "no base64!"}, "mask"),
+            ({**encoded, "mask": base64.b64encode(b"GIF89a").decode()}, "mask"),
+            ({"mask": encoded["mask"], "image": base64.b64encode(b"x").decode()}, "image"),
+        ):
+            answer = await served.post(**bad)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (422, field), answer.text
+        twice = [("mask", ("a.png", clear_left()))] * 2 + [("image", ("a.png", picture()))]
+        answer = await served.client.post("/v1/images/edits", data={"prompt": PROMPT}, files=twice)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "mask")
+        [model] = (await served.client.get("/v1/models")).json()["data"]
+        assert (model["image_to_image"], model["inpaints"]) == (True, False)
+    mask = Image.open(io.BytesIO(clear_left()))
+    source = Image.open(io.BytesIO(picture()))
+    [expected] = generate(backbone, [Request(prompt=PROMPT, image=source, mask=mask, **cast("Any", asked))])
+    drawn = np.asarray(expected.images[0]).astype(np.int16)
+    assert np.abs(pixels(ours) - drawn).max() <= 1
+    assert theirs.data is not None
+    assert theirs.data[0].b64_json is not None
+    same = Image.open(io.BytesIO(base64.b64decode(theirs.data[0].b64_json)))
+    assert np.array_equal(np.asarray(same), pixels(ours))
+    assert np.abs(pixels(plain) - drawn).max() > 5
+    facts = json.loads(opened.info["slipstream"])
+    assert {"image_sha256", "mask_sha256", "strength"} <= facts.keys()
+    assert not {"image", "mask"} & facts.keys()

@@ -382,8 +382,9 @@ async def test_forms_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         for fields, files, param in (
             (form, [image, ("image", upload())], "image"),
             (form, [image, ("image[]", upload())], "image[]"),
-            (form, [("mask", upload())], "mask"),
-            (form, [image, ("mask", upload())], "mask"),
+            (form, [("mask", upload())], "image"),
+            (form, [image, ("mask", upload()), ("mask", upload())], "mask"),
+            (form, [image, ("control", upload())], "control"),
             ({**form, "acceleration": "3", "acceleration[mode]": "none"}, [image], "acceleration"),
             ({**form, "seed": ["1", "2"]}, [image], "seed"),
             ({**form, "acceleration[mode]": ["none", "none"]}, [image], "acceleration"),
@@ -458,6 +459,7 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
         "conditioning": "text",
         "num_classes": None,
         "image_to_image": True,
+        "inpaints": False,
         "adapters": [],
         "plans": [
             {

@@ -88,6 +88,7 @@ def test_generate_asks_for_all_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_p
     ran = slipstream(
         "generate", "a ring", "--model", "m", "--steps", "12", "--guidance-scale", "2.5", "--negative-prompt", "dull",
         "--seed", "70", "--num-images", "3", "--scheduler", "euler", "--size", "24x40", "--image", str(start),
+        "--mask", str(start),
         "--strength", "0.6", "--timestep-warp", "0.5", "--class-label", "4", "--acceleration", "deepcache:interval=2",
         "--acceleration", "selective_guidance:stop=0.5", "--adapter", "s=a/b", "--adapter", "t=c=d", "--plan", "p=e",
         "--config", "configs", "--device", "cpu", "--dtype", "float32", "-o", str(out / "ring.v1.png"),
@@ -96,14 +97,15 @@ def test_generate_asks_for_all_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_p
     files = {"adapters": {"s": "a/b", "t": "c=d"}, "plans": {"p": "e"}, "profiles": {}, "config": Path("configs")}
     assert library.loaded == [("m", {"device": "cpu", "dtype": "float32", "stepping": "auto", **files})]
     asked = dict(vars(library.requests[0]))
-    image = asked.pop("image")
+    image, mask = asked.pop("image"), asked.pop("mask")
+    assert (mask.mode, mask.size, mask.getpixel((0, 0))) == ("RGBA", (9, 5), (10, 20, 30, 40))
     assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (9, 5), (10, 20, 30))
     expected = Request(
         prompt="a ring", negative_prompt="dull", width=24, height=40, num_inference_steps=12, guidance_scale=2.5,
         seed=70, num_images=3, scheduler="euler", strength=0.6, timestep_warp=0.5, class_label=4,
         acceleration=[DeepCache(interval=2), SelectiveGuidance(stop=0.5)],
     )  # fmt: skip
-    assert asked == {name: value for name, value in vars(expected).items() if name != "image"}
+    assert asked == {name: value for name, value in vars(expected).items() if name not in ("image", "mask")}
     assert written(out) == {f"ring.v1-{i}.png": COLOURS[i] for i in range(3)}
     said = ran.stderr.split("\n")
     assert [line.split()[-2:] for line in said if "seed" in line] == [["seed", str(70 + i)] for i in range(3)]

@@ -21,11 +21,11 @@ from models.families.sd import SD
 from models.families.sdxl import SDXL
 from models.families.text import check_alike
 from models.families.unconditional import UNCONDITIONAL
-from models.generate import _mixture
 from models.guidance import ClassifierFree, Guidance, Scales, Unguided
 from models.request import Request
 from models.resolve import resolve
 from models.reuse.rows import Conditioning
+from models.solvers.exact import mixture
 from models.solvers.names import REGISTRY as SCHEDULERS
 from models.solvers.names import noise_schedule
 from tests.unit.specs import dit_spec, unet_spec
@@ -302,7 +302,7 @@ def test_noise_is_added_as_the_scheduler_does_it(name: str, dtype: torch.dtype) 
     schedule = noise_schedule(name, {"beta_schedule": "scaled_linear"}, 10, 0.6)
     clean, noise = torch.randn(1, 4, 3, 5, dtype=dtype), torch.randn(1, 4, 3, 5, dtype=dtype)
     first = schedule.timesteps[:1]
-    signal, sigma = _mixture(schedule.fresh(), first, dtype)
+    signal, sigma = mixture(schedule.fresh(), first, dtype)
     assert signal.ndim == sigma.ndim == 0
     assert torch.equal(signal * clean + sigma * noise, schedule.fresh().add_noise(clean, noise, first))
 

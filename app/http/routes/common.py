@@ -18,7 +18,7 @@ from app.http.generation import Generation
 from app.http.problems import body as error_body
 from app.http.problems import translate
 from app.http.routes.body import BodyRequest
-from app.http.schemas.requests import GenerationRequest
+from app.http.schemas.requests import PICTURES, GenerationRequest
 from app.http.service import Service
 from app.logs import REQUESTS
 
@@ -51,14 +51,15 @@ async def respond(
     asked: GenerationRequest,
     finish: Callable[[Generation], Coroutine[Any, Any, Response]],
     spell: Spell,
-    uploads: list[bytes] | None = None,
+    uploads: dict[str, bytes] | None = None,
 ) -> Response:
     """Open a generation and answer with its stream, or with what `finish` makes of it."""
     request.state.record.client = client_of(request)
     opening = service_of(request).open(asked, request.state.record, uploads)
     generation = await while_connected(request, opening)
     if isinstance(request, BodyRequest):
-        request.forget("image")
+        for name in PICTURES:
+            request.forget(name)
     if asked.stream:
         return Stream(generation, spell)
     error: BaseException | None = ClientGone("the handler was cancelled")

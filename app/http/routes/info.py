@@ -167,6 +167,7 @@ def model_body(name: str, default: bool, created: int, engine: Engine) -> ModelB
         conditioning="class" if spec.takes == "class_label" else "text",
         num_classes=spec.num_classes,
         image_to_image=spec.image_to_image,
+        inpaints=spec.inpaints,
         accelerators=[accelerator_body(mode, {name: spec}) for mode in REGISTRY if _fits(mode, spec)],
         adapters=[
             AdapterBody(

@@ -22,7 +22,7 @@ from app.http.problems import RESPONSES
 from app.http.routes.body import BodyRoute
 from app.http.routes.common import respond, service_of
 from app.http.routes.generate import events
-from app.http.schemas.requests import ImagesRequest
+from app.http.schemas.requests import PICTURES, ImagesRequest
 from app.http.schemas.responses import ImagesBody
 from models.errors import cut
 
@@ -55,7 +55,8 @@ async def generations(request: Request, asked: Annotated[ImagesRequest, Body()])
 
 
 FORM = ImagesRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-FORM_PROPERTIES = FORM["properties"] | {"image": {"type": "string", "format": "binary"}}
+FILE = {"type": "string", "format": "binary"}
+FORM_PROPERTIES = FORM["properties"] | {"image": FILE, "mask": {**FORM["properties"]["mask"], **FILE}}
 EDIT_BODY = {
     "required": True,
     "content": {
@@ -79,7 +80,10 @@ EDIT_BODY = {
     openapi_extra={"requestBody": EDIT_BODY},
 )
 async def edits(request: Request) -> Response:
-    """Image-to-image from a form: `image` is the file; structured fields are JSON or `acceleration[mode]=...`."""
+    """Image-to-image from a form: `image` is a file, and so is `mask`, transparent where the image is repainted.
+
+    Structured fields are JSON or `acceleration[mode]=...`.
+    """
     fields, uploads = await read_form(request)
     try:
         asked = ImagesRequest.model_validate(fields).plain()
@@ -88,24 +92,25 @@ async def edits(request: Request) -> Response:
     return await respond(request, asked, as_json, partial(spell, "image_edit"), uploads)
 
 
-async def read_form(request: Request) -> tuple[dict[str, Any], list[bytes]]:
-    """The fields of a form, nested where their names have brackets, and the one file in it, for one to take out."""
+async def read_form(request: Request) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The fields of a form, nested where their names have brackets, and its files by field, for one to take out."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise Malformed("the body must be multipart/form-data")
     limit = service_of(request).settings.max_body_bytes
     fields: dict[str, Any] = {}
-    picture: bytes | None = None
-    async with request.form(max_files=2, max_fields=200, max_part_size=limit) as form:
+    files: dict[str, bytes] = {}
+    async with request.form(max_files=3, max_fields=200, max_part_size=limit) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
-                if name not in ("image", "image[]") or picture is not None:
-                    raise Impossible(f"{cut(name)}: one file is taken, as image", param=name)
-                picture = await value.read()
+                field = name.removesuffix("[]")
+                if field not in PICTURES or field in files:
+                    raise Impossible(f"{cut(name)}: one file is taken as image, and one as mask", param=name)
+                files[field] = await value.read()
             else:
                 _place(fields, name, value)
-    if picture is None:
+    if "image" not in files:
         raise Impossible("image: a file is required", param="image")
-    return fields, [picture]
+    return fields, files
 
 
 def _place(fields: dict[str, Any], name: str, value: str) -> None:

@@ -57,6 +57,9 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 2)]
 
+PICTURES = ("image", "mask")
+"""Fields that are pictures."""
+
 EXAMPLE: dict[str, Any] = {
     "prompt": "a large red circle above a small blue square on a white background",
     "num_inference_steps": 25,
@@ -103,6 +106,11 @@ class GenerationFields(BaseModel):
     image: Text | None = Field(
         None, description="Base64 PNG, JPEG or WebP: makes it image-to-image. Transparency lies on white."
     )
+    mask: Text | None = Field(
+        None,
+        description="Base64 PNG or WebP of the size of `image`, which it needs: what is transparent is repainted, as "
+        "with OpenAI; in shades of grey without transparency, what is white. The rest stays.",
+    )
     strength: float = Field(0.8, ge=0, le=1, description="Image-to-image: share of the steps that is run.")
     timestep_warp: float = Field(1.0, ge=0.05, le=20, description="Spacing of the time steps; below 1 leans noisy.")
     acceleration: Acceleration | None = Field(None, description="One accelerator, or a list of them, composed.")
@@ -128,6 +136,17 @@ class GenerationFields(BaseModel):
         if self.acceleration is None:
             return ()
         return tuple(self.acceleration) if isinstance(self.acceleration, list) else (self.acceleration,)
+
+    @property
+    def pictures(self) -> dict[str, str]:
+        """The pictures in base64, by the names of their fields."""
+        found = {name: getattr(self, name) for name in PICTURES}
+        return {name: text for name, text in found.items() if text is not None}
+
+    def forget_pictures(self) -> None:
+        """Let go of them."""
+        for name in self.pictures:
+            setattr(self, name, None)
 
 
 class GenerationRequest(GenerationFields):

@@ -193,7 +193,8 @@ class ModelBody(BaseModel):
     schedulers: list[str]
     conditioning: str = Field(description="text or class: whether it takes `prompt` or `class_label`.")
     num_classes: int | None
-    image_to_image: bool
+    image_to_image: bool = Field(description="Whether it takes `image`, and `mask` with it.")
+    inpaints: bool = Field(description="Whether it fills in masked parts of pictures only: both are required.")
     accelerators: list[AcceleratorBody]
     adapters: list[AdapterBody]
     plans: list[PlanBody]
