@@ -109,7 +109,7 @@ async def test_a_seed_that_is_drawn_and_an_upload_survive_the_process(student_of
     """Stopped while it runs, with another waiting: both run in the next process, from the seeds of the first."""
     gate = Gate()
     models = {"sd": hooked(student_of("sd"), gate)}
-    start = {"image": picture(), "mask": half_clear(), "strength": 0.5, "output_format": "webp"}
+    start: dict[str, Any] = {"image": picture(), "mask": half_clear(), "strength": 0.5, "output_format": "webp"}
     async with serving(models, data_dir=tmp_path, jobs_in_flight=1) as served:
         gate.shut()
         first = await submit(served, seed=None, **start)

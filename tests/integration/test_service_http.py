@@ -333,10 +333,10 @@ def clear_left(size: tuple[int, int] = (40, 24)) -> bytes:
 @aio
 async def test_masks_in_json_in_forms_and_by_openais_client(student_of: Student) -> None:
     backbone = student_of("sd")
-    asked = {"seed": 5, "num_inference_steps": 3, "strength": 0.7}
+    asked: dict[str, Any] = {"seed": 5, "num_inference_steps": 3, "strength": 0.7}
     async with serving({"sd": backbone}) as served:
         files = {"image": picture(), "mask": clear_left()}
-        encoded = {name: base64.b64encode(data).decode() for name, data in files.items()}
+        encoded: dict[str, Any] = {name: base64.b64encode(data).decode() for name, data in files.items()}
         ours = (await served.post(**asked, **encoded)).json()
         client = client_of(served)
         theirs = await client.images.edit(
@@ -361,7 +361,7 @@ async def test_masks_in_json_in_forms_and_by_openais_client(student_of: Student)
         assert (model["image_to_image"], model["inpaints"]) == (True, False)
     mask = Image.open(io.BytesIO(clear_left()))
     source = Image.open(io.BytesIO(picture()))
-    [expected] = generate(backbone, [Request(prompt=PROMPT, image=source, mask=mask, **cast("Any", asked))])
+    [expected] = generate(backbone, [Request(prompt=PROMPT, image=source, mask=mask, **asked)])
     drawn = np.asarray(expected.images[0]).astype(np.int16)
     assert np.abs(pixels(ours) - drawn).max() <= 1
     assert theirs.data is not None
