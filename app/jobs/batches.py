@@ -135,11 +135,6 @@ class Batches:
             values = {"status": "failed", "ended_at": now, "errors": errors, "total": total}
         self._update(row, values, "validating")
 
-    def missing(self, row: Row) -> None:
-        """The file of a batch is gone."""
-        gone = [error(None, "missing_file", "the input file was deleted")]
-        self._update(row, {"status": "failed", "ended_at": self.store.clock(), "errors": gone}, *ACTIVE)
-
     def _update(self, row: Row, values: Mapping[str, Any], *statuses: str) -> None:
         with self.store.begin() as connection:
             where = (BATCHES.c.id == row["id"], BATCHES.c.status.in_(statuses))
@@ -183,17 +178,18 @@ class Batches:
             connection.execute(sa.update(JOBS).where(mine, JOBS.c.status == "queued").values(over))
             connection.execute(sa.update(JOBS).where(mine, JOBS.c.status == "in_progress").values(cancel=True))
 
-    def finalize(self, row: Row, status: str, most_bytes: int) -> None:
-        """Write what became of a batch's lines into its files, and end it."""
+    def finalize(self, row: Row, status: str, most_bytes: int, errors: list[dict[str, Any]] | None = None) -> None:
+        """Write what became of a batch's lines into its files, and end it. `errors` are the batch's own."""
         now = self.store.clock()
         with self.store.begin() as connection:
             update = sa.update(BATCHES).where(BATCHES.c.id == row["id"], BATCHES.c.finalizing_at.is_(None))
             values = {"finalizing_at": now} | ({"status": "finalizing"} if status == "completed" else {})
             connection.execute(update.values(values))
         counts = self.counts(row)
+        known = row["line"] if status == "failed" else counts["total"]  # without its input, nobody knows the others
         outputs = {
             new_id("file"): self._outputs(row) if counts["completed"] else None,
-            new_id("file"): self._errors(row, status, most_bytes) if counts["completed"] < counts["total"] else None,
+            new_id("file"): self._errors(row, status, most_bytes) if counts["completed"] < known else None,
         }
         output_id, error_id = (file_id if chunks is not None else None for file_id, chunks in outputs.items())
 
@@ -207,6 +203,7 @@ class Batches:
                     connection.execute(sa.insert(FILES).values(values))
             ended = {"status": status, "ended_at": self.store.clock(), "output_file_id": output_id}
             ended |= {"error_file_id": error_id, "completed": counts["completed"], "failed": counts["failed"]}
+            ended |= {} if errors is None else {"errors": errors}
             mine = (
                 BATCHES.c.id == row["id"],
                 BATCHES.c.ended_at.is_(None),
@@ -259,7 +256,7 @@ class Batches:
                 yield answered(job["id"], job["custom_id"], job["error"]["status"], {"error": wrong})
             else:
                 yield answered(job["id"], job["custom_id"], None, cut)
-        if row["line"] < row["total"]:
+        if row["line"] < row["total"] and status != "failed":
             chunks = self.store.read(row["input_file_id"], CONTENT, row["offset"])
             for number, (_, line) in enumerate(lines(chunks, most_bytes)):
                 yield answered(f"{row['id']}-{row['line'] + number}", json.loads(line)["custom_id"], None, cut)

@@ -14,7 +14,7 @@ from app.errors import FileGone, Impossible, QueueFull, ServiceError, Unavailabl
 from app.http.problems import translate
 from app.http.record import Record
 from app.http.schemas.requests import ImagesRequest
-from app.jobs.batches import WINDOW, Batches
+from app.jobs.batches import WINDOW, Batches, error
 from app.jobs.queue import NewJob, described
 from app.jobs.store import Row
 from app.logs import SERVER
@@ -41,7 +41,7 @@ class Driver:
             try:
                 await self._advance(row)
             except FileGone:
-                await self._batches.store.call(self._batches.missing, row)
+                await self._end_without_input(row)
             except ServiceError as error:  # of the store: tried again at the next step
                 SERVER.error("batch %s waits: %s", row["id"], error)
             except Exception as error:  # no batch stands in the way of another
@@ -66,6 +66,13 @@ class Driver:
             if whole and late and not await call(batches.cut, row):
                 status = "completed"  # all were done when the time was up
             await asyncio.to_thread(batches.finalize, row, status, most_bytes)
+
+    async def _end_without_input(self, row: Row) -> None:
+        """The input was deleted: no further line can begin. Those that have are seen to their end, and kept."""
+        if await self._batches.store.call(self._batches.unfinished, row):
+            return
+        gone = [error(None, "missing_file", "the input file was deleted before all of its lines had begun")]
+        await asyncio.to_thread(self._batches.finalize, row, "failed", self._settings.max_body_bytes, gone)
 
     async def _feed(self, row: Row, room: int) -> None:
         """Make the next lines jobs; where the engine takes no work, later."""

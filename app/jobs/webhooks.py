@@ -30,6 +30,7 @@ HOLD_SECONDS = 60.0
 """How long a server has a delivery to itself."""
 AT_ONCE = 16
 PORTS = {"http": 80, "https": 443}
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -57,9 +58,27 @@ class Allowed:
         networks = [ipaddress.ip_network(network) for network in self.networks]
         named = host == "localhost" or _literal(host)  # an origin that names its address is listed with it
         for address in addresses:
-            if not (address.is_global or named or any(address in network for network in networks)):
+            if not (is_public(address) or named or any(address in network for network in networks)):
                 raise PrivateAddress(f"{host} is {address}")
         return str(addresses[0])
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address is one host's on the public Internet, and so is each IPv4 address that it carries."""
+    carried = _carried(address)
+    if carried:
+        return all(map(is_public, carried))
+    return address.is_global and not (address.is_multicast or address.is_reserved)
+
+
+def _carried(address: Address) -> tuple[ipaddress.IPv4Address, ...]:
+    """The IPv4 addresses that an IPv6 one leads to: mapped, by NAT64 (RFC 6052), 6to4 or Teredo (of both ends)."""
+    if not isinstance(address, ipaddress.IPv6Address):
+        return ()
+    if address in NAT64:
+        return (ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF),)
+    single = address.ipv4_mapped or address.sixtofour
+    return (single,) if single is not None else address.teredo or ()
 
 
 def _literal(host: str) -> bool:

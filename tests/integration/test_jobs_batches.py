@@ -315,3 +315,26 @@ def test_one_batch_does_not_stand_in_the_way_of_another(student_of: Models, tmp_
         assert over(client, start(client, line(2)).id).status == "completed"
         driver._advance = advance
         assert over(client, first.id).status == "completed"
+
+
+def test_a_batch_whose_input_is_deleted_keeps_what_is_done(
+    student_of: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.jobs.driver.WINDOW", 16)
+    with served(student_of("sd"), data_dir=tmp_path) as (client, app):
+        runner = app.state.jobs.runner
+        monkeypatch.setattr(type(runner), "room", property(lambda _: 0))
+        batch = start(client, *[line(n, size="31x31") if n == 3 else line(n) for n in range(40)])
+        while app.state.jobs.batches.get(batch.id, None)["line"] < 16:
+            time.sleep(0.02)
+        client.files.delete(batch.input_file_id)
+        monkeypatch.undo()
+        batch = over(client, batch.id)
+        assert batch.status == "failed"
+        assert batch.errors is not None
+        assert [wrong.code for wrong in batch.errors.data] == ["missing_file"]
+        counts = batch.request_counts
+        assert (counts.total, counts.completed, counts.failed) == (40, 15, 1)
+        done = [one["custom_id"] for one in read(client, batch.output_file_id)]
+        assert done == [f"line-{n}" for n in range(16) if n != 3]
+        assert [one["custom_id"] for one in read(client, batch.error_file_id)] == ["line-3"]

@@ -155,7 +155,11 @@ def test_addresses_that_are_called() -> None:
     assert allowed.address("hooks.example.com", ["93.184.216.34", "2606:2800:220:1::1"]) == "93.184.216.34"
     assert allowed.address("hooks.example.com", ["10.1.2.3"]) == "10.1.2.3"
     assert allowed.address("127.0.0.1", ["127.0.0.1"]) == "127.0.0.1", "listed as it is"
-    for private in ("10.2.0.1", "127.0.0.1", "169.254.169.254", "192.168.0.1", "::1", "fe80::1", "::ffff:10.0.0.1"):
+    assert allowed.address("hooks.example.com", ["64:ff9b::5db8:d822"]) == "64:ff9b::5db8:d822", "public, by NAT64"
+    carried = ("::ffff:10.0.0.1", "64:ff9b::a00:1", "64:ff9b::7f00:1", "2002:a00:1::1", "2001:0:a00:1::1")
+    several = ("224.0.0.1", "239.255.255.250", "ff0e::1", "ff02::1", "255.255.255.255", "240.0.0.1")
+    plain = ("10.2.0.1", "127.0.0.1", "169.254.169.254", "192.168.0.1", "100.64.0.1", "0.0.0.0", "::", "::1", "fe80::1")
+    for private in (*plain, *carried, *several):
         with pytest.raises(PrivateAddress):
             allowed.address("hooks.example.com", [private])
         with pytest.raises(PrivateAddress):

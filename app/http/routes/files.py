@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, BinaryIO, Literal
@@ -59,7 +60,8 @@ async def create(request: Request, store: Store, owner: Owner) -> FileBody:
             raise Impossible(f"{min(fields)}: is not a known field", param=min(fields))
         name = (file.filename or "batch.jsonl")[-255:]
         chunks = _chunks(file.file)
-        row = await store.store.call(store.files.add, owner, name, chunks, file.size or 0, keep)
+        # Not on the store's own thread, which on SQLite is one, and which running jobs need meanwhile.
+        row = await asyncio.to_thread(store.files.add, owner, name, chunks, file.size or 0, keep)
     return shown(row)
 
 
