@@ -99,6 +99,7 @@ class Run:
     adapter: str | None
     cfg_scale: float  # by which the rows of a guided step are combined
     plain_roles: int  # rows a step without acceleration
+    plain_steps: int  # steps without acceleration: where `auto` chose, those that were asked for
     profile: Chosen | None = None  # where `auto` chose
 
     @property

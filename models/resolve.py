@@ -79,7 +79,8 @@ def resolve(
             refused[candidate.name] = error
             continue
         promised = promises(profile, candidate)
-        return replace(run, profile=Chosen(name, candidate.name, promised, tuple(differences), moved))
+        chosen = Chosen(name, candidate.name, promised, tuple(differences), moved)
+        return replace(run, profile=chosen, plain_steps=plain.plain_steps, plain_roles=plain.plain_roles)
     raise NoProfile("acceleration", f"no run of profile {name} is possible here: {next(iter(refused.values()))}")
 
 
@@ -152,6 +153,7 @@ def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Req
         adapter=adapter,
         cfg_scale=cfg_scale,
         plain_roles=len(model.roles) if _guides(model, cfg_scale) else 1,
+        plain_steps=len(steps),
     )
 
 

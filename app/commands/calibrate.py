@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +42,9 @@ def calibrate(
         Path | None,
         typer.Option("--prompts", help="A text file, a prompt a line, as users write them; default: the model's own."),
     ] = None,
-    count: Annotated[int, typer.Option(min=2, max=4096, help="How many pictures: one half fits, one chooses.")] = 32,
+    count: Annotated[
+        int, typer.Option(min=4, max=4096, help="How many pictures: a quarter fits, one chooses, half check.")
+    ] = 64,
     reference_steps: Annotated[int, typer.Option(min=2, max=1000, help="Steps of the converged pictures.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Picture i is drawn from seed + i.")] = 0,
     picture: Annotated[Path | None, typer.Option(help="The front as a PNG; default beside the profile.")] = None,
@@ -58,6 +61,7 @@ def calibrate(
     backbone = load(model, device=device, dtype=dtype, adapters=parse_named(adapter, "--adapter"))
     width, height = parse_size(size)
     checkpoint = output.with_suffix(".calibration")
+    resumed, began = checkpoint.is_dir(), time.monotonic()
     with progress_bar("calibrating") as bar:
         profile = measure(
             backbone,
@@ -77,7 +81,9 @@ def calibrate(
     profile.save(output)
     draw(profile, picture or output.with_suffix(".png"))
     shutil.rmtree(checkpoint)
-    console.print(f"[bold]{output}[/bold]  {len(profile.candidates)} candidates, {len(profile.schedules)} schedules")
+    seconds = f"in {time.monotonic() - began:.0f} s" + (" since it was taken up again" if resumed else "")
+    counts = f"{len(profile.candidates)} candidates, {len(profile.schedules)} schedules"
+    console.print(f"[bold]{output}[/bold]  {counts}, {seconds}")
 
 
 def _prompts(

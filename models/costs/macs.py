@@ -31,10 +31,10 @@ def usage(backbone: Backbone, run: Run, ran: Sequence[Sequence[StepRows]] | None
     given = run.request.prompt_embeds
     counts = counts_of(backbone, run.width, run.height, None if given is None else given.shape[1])
     lora = backbone.loras[run.adapter] if run.adapter is not None else None
-    images, steps = len(run.seeds), len(run.steps)
-    plain = counts.row(RowPlan()) * steps * run.plain_roles
+    images = len(run.seeds)
+    plain = counts.row(RowPlan()) * run.plain_steps * run.plain_roles
     macs = counts.run(run.steps, lora) * images if ran is None else sum(counts.run(steps, lora) for steps in ran)
-    return Usage(steps, run.num_rows, macs, plain * images, run.evaluations)
+    return Usage(len(run.steps), run.num_rows, macs, plain * images, run.evaluations)
 
 
 def counts_of(backbone: Backbone, width: int, height: int, text_tokens: int | None = None) -> Counts:

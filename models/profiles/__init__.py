@@ -1,5 +1,5 @@
 """Profiles: what `calibrate` measured of a model, for one scheduler, number of steps and size."""
 
-from models.profiles.profile import Candidate, Likeness, Measure, Profile, Schedule, nearest, pareto
+from models.profiles.profile import Candidate, Likeness, Measure, Profile, Promise, Schedule, nearest, pareto
 
-__all__ = ["Candidate", "Likeness", "Measure", "Profile", "Schedule", "nearest", "pareto"]
+__all__ = ["Candidate", "Likeness", "Measure", "Profile", "Promise", "Schedule", "nearest", "pareto"]

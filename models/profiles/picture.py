@@ -32,7 +32,8 @@ def draw(profile: Profile, path: str | Path) -> None:
         line = [(profile.plain.macs / one.macs, one.likeness(to).mean) for one in front]
         axes.plot(*zip(*line, strict=True), "-", color="C3", linewidth=1, label="front")
     axes.legend(frameon=False)
-    figure.suptitle(f"{profile.model}, {profile.scheduler}, {len(profile.captions) - profile.fitted} pictures a point")
+    count = len(profile.captions) - profile.fitted - profile.checked
+    figure.suptitle(f"{profile.model}, {profile.scheduler}, {count} pictures a point")
     figure.savefig(path, dpi=90)
 
 

@@ -39,6 +39,15 @@ class Measure(_Value):
     error: float = Field(0.0, ge=0)
 
 
+class Promise(_Value):
+    """What the means over other captions are at least, with 99 % confidence: lower bounds over the checked captions."""
+
+    psnr: float
+    ssim: float
+    psnr_converged: float
+    alignment: float | None = None
+
+
 class Candidate(_Value):
     """One way to draw a picture, and what it measured. MACs and evaluations are those of one image, on average."""
 
@@ -53,6 +62,16 @@ class Candidate(_Value):
     ssim: Measure = Field(description="To the plain picture.")
     psnr_converged: Measure = Field(description="To the converged picture of the same seed, decibels.")
     alignment: Measure | None = Field(None, description="Share of pictures that keep all claims; None: no judge.")
+    promise: Promise | None = Field(None, description="Of those on a front: by captions that chose nothing.")
+
+    @property
+    def promised(self) -> Promise:
+        """What may be promised: two standard errors below the means where no checked captions say better."""
+        if self.promise is not None:
+            return self.promise
+        measures = (self.psnr, self.ssim, self.psnr_converged, self.alignment)
+        psnr, ssim, converged, aligned = (None if m is None else m.mean - 2 * m.error for m in measures)
+        return Promise.model_validate({"psnr": psnr, "ssim": ssim, "psnr_converged": converged, "alignment": aligned})
 
     def likeness(self, to: Likeness) -> Measure:
         """PSNR in decibels to the plain or to the converged picture."""
@@ -89,7 +108,8 @@ class Profile(_Value):
     reference_scheduler: str
     reference_steps: Count = Field(description="Plain steps of the converged run.")
     captions: tuple[str, ...] = Field(min_length=1, max_length=4096)
-    fitted: int = Field(ge=0, description="The first so many captions fitted; the others chose and measured.")
+    fitted: int = Field(ge=0, description="The first so many captions fitted; the next chose and measured.")
+    checked: int = Field(0, ge=0, description="The last so many captions only say what may be promised.")
     seed: int = Field(0, ge=0)
     plain: Candidate
     candidates: tuple[Candidate, ...] = Field(max_length=1000)
@@ -107,8 +127,8 @@ class Profile(_Value):
         for to in wanted:
             if list(self.fronts.get(to, ())) != [one.name for one in pareto(self.all, to)]:
                 raise ValueError(f"fronts.{to}: not the candidates that no other one dominates")
-        if self.fitted > len(self.captions):
-            raise ValueError(f"fitted: {self.fitted} of {len(self.captions)} captions")
+        if self.fitted + self.checked > len(self.captions):
+            raise ValueError(f"fitted and checked: {self.fitted} and {self.checked} of {len(self.captions)} captions")
         return self
 
     @property

@@ -1,8 +1,9 @@
 """Calibrate: measure what every way to draw a picture costs and gives, and find the steps worth computing.
 
-Half of the prompts fit: their plain runs of very many steps are recorded, and masks are proposed from inner products
-(`models.search.masks`). The other half chooses: every proposal is run on them and held against the plain picture and
-the converged one of the same seed (`models.search.measuring`).
+A quarter of the prompts fits: their plain runs of very many steps are recorded, and masks are proposed from inner
+products (`models.search.masks`). A quarter chooses: every proposal is run on them and held against the plain picture
+and the converged one of the same seed (`models.search.measuring`). The best of many is best by chance, too, so the half
+that is left checks what may be promised of the fronts: these prompts choose nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from models.resolve import least_request, resolve
 from models.search.fitting import can_fit, fit
 from models.search.kept import Kept
 from models.search.masks import Path
-from models.search.measuring import CHUNK, Measuring, Scores, beats, candidate
+from models.search.measuring import CHUNK, Measuring, Scores, beats, candidate, promise
 from models.search.proposals import (
     FINER,
     SOLVERS,
@@ -41,6 +42,8 @@ from models.solvers.tables import table
 REFERENCE_STEPS = 200
 REFERENCE = ("dpmpp_2m",)
 """Solvers whose converged picture stands for all: at 200 steps it and DDIM's are alike to 57 dB on a bundled model."""
+CHECKED = "checked-"
+"""Before the names of what is kept of the prompts that check."""
 Progress = Callable[[int, int, str], None]
 """Called with (runs done, runs in all as far as is known, the one that is next)."""
 
@@ -60,12 +63,12 @@ def calibrate(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.process_time,
 ) -> Profile:
-    """Measure a model at one scheduler, number of steps and size; 32 prompts drawn as users draw them are enough.
+    """Measure a model at one scheduler, number of steps and size; 64 prompts drawn as users draw them are enough.
 
     Picture `i` is drawn from `seed + i`. With `checkpoint`, a folder, what is measured is kept there, and a later call
     with the same arguments goes on from it. `clock` times the runs; by default it is the processor's time, which other
-    work on the machine blurs least. Raises a `RequestError` for fewer than two prompts, a scheduler that draws noise on
-    the way, or a checkpoint of another calibration.
+    work on the machine blurs least. Raises a `RequestError` for fewer than four prompts, a scheduler that draws noise
+    on the way, or a checkpoint of another calibration.
     """
     spec = backbone.spec
     common = {"scheduler": scheduler, "width": width, "height": height}
@@ -79,7 +82,8 @@ def calibrate(
     requests = [
         Request(prompt=text, seed=seed + i, width=run.width, height=run.height) for i, text in enumerate(prompts)
     ]
-    fitted = len(prompts) // 2
+    fitted = len(prompts) // 4
+    chosen, checked = requests[fitted : 2 * fitted], requests[2 * fitted :]
     kept = Kept(
         checkpoint,
         {
@@ -90,15 +94,12 @@ def calibrate(
             "requests": digest(requests),
         },
     )
-    measuring = Measuring(backbone, requests[fitted:], judge, clock)
-    work = _Work(measuring, kept, progress)
+    work = _Work(kept, progress)
     plain = Proposal("plain", run.scheduler, run.num_inference_steps)
+    converged = Proposal("converged", *reference)
     work.says("recording")
     path = kept.path(lambda: _recorded(backbone, requests[:fitted], reference))
-    work.says("converged")
-    measuring.converged = kept.pictures("converged", lambda: measuring.draw(Proposal("converged", *reference))[0])
-    work.says("plain")
-    measuring.plain = kept.pictures("plain", lambda: measuring.draw(plain)[0])
+    choosing = work.measuring(Measuring(backbone, chosen, judge, clock), converged, plain)
     work.says("searching")
     grids = [run.num_inference_steps * finer for finer in FINER]
     fitting = [
@@ -116,9 +117,15 @@ def calibrate(
         if solver != run.scheduler and solver in spec.schedulers:
             proposals += [under(solver, one) for one in _forecasts(backbone, run, solver, grids, path)]
     proposals = list({proposal.name: proposal for proposal in proposals}.values())
-    scores = work.measure(proposals)
+    scores = work.measure(choosing, proposals)
     lines = [candidate(one, scores[one.name], scores[plain.name].seconds) for one in proposals]
     wanted: tuple[Likeness, ...] = ("plain", "converged")
+    fronts = {to: tuple(one.name for one in pareto(lines, to)) for to in wanted}
+    best = {plain.name, *(name for names in fronts.values() for name in names)}
+    checking = work.measuring(Measuring(backbone, checked, judge, clock), converged, plain, CHECKED)
+    true = work.measure(checking, [one for one in proposals if one.name in best], CHECKED)
+    promised = {name: promise(one) for name, one in true.items()}
+    lines = [one.model_copy(update={"promise": promised.get(one.name)}) for one in lines]
     return Profile(
         model=spec.name,
         config_hash=spec.config_hash,
@@ -131,10 +138,11 @@ def calibrate(
         reference_steps=reference[1],
         captions=tuple(prompts),
         fitted=fitted,
+        checked=len(checked),
         seed=seed,
         plain=lines[0],
         candidates=tuple(lines[1:]),
-        fronts={to: tuple(one.name for one in pareto(lines, to)) for to in wanted},
+        fronts=fronts,
         schedules=_chosen(proposals, scores, run),
         mag_ratios=() if found is None else found.mag_ratios,
         tea_coefficients=() if found is None else found.tea_coefficients,
@@ -156,8 +164,8 @@ def _forecasts(backbone: Backbone, run: Run, scheduler: str, grids: Sequence[int
 
 
 def _check(backbone: Backbone, prompts: Sequence[str], run: Run) -> None:
-    if len(prompts) < 2:
-        raise RequestError("prompts", f"{len(prompts)} is too few: one half fits, the other chooses; give 2 or more")
+    if len(prompts) < 4:
+        raise RequestError("prompts", f"{len(prompts)} is too few: some fit, some choose, some check; give 4 or more")
     if backbone.spec.takes != "prompt" or backbone.spec.asks_for_embeddings:
         raise RequestError("model", f"{backbone.spec.name} does not take prompts as text, which calibrate draws")
     try:
@@ -211,7 +219,6 @@ def _chosen(proposals: Sequence[Proposal], scores: Mapping[str, Scores], run: Ru
 class _Work:
     """The runs to measure, one after another."""
 
-    measuring: Measuring
     kept: Kept
     progress: Progress | None
     done: int = 0
@@ -222,13 +229,22 @@ class _Work:
         if self.progress is not None:
             self.progress(self.done, self.total, note)
 
-    def measure(self, proposals: Sequence[Proposal]) -> dict[str, Scores]:
+    def measuring(self, bare: Measuring, converged: Proposal, plain: Proposal, kind: str = "") -> Measuring:
+        """With the pictures to compare with."""
+        self.says(f"{kind}converged")
+        bare.converged = self.kept.pictures(f"{kind}converged", lambda: bare.draw(converged)[0])
+        self.says(f"{kind}plain")
+        bare.plain = self.kept.pictures(f"{kind}plain", lambda: bare.draw(plain)[0])
+        return bare
+
+    def measure(self, measuring: Measuring, proposals: Sequence[Proposal], kind: str = "") -> dict[str, Scores]:
         """The scores of each, by name."""
-        self.total = len(proposals)
+        self.total += len(proposals)
         for proposal in proposals:
-            self.says(proposal.name)
-            if proposal.name not in self.kept.scores:
-                self.kept.add(proposal.name, self.measuring.score(proposal))
+            name = f"{kind}{proposal.name}"
+            self.says(name)
+            if name not in self.kept.scores:
+                self.kept.add(name, measuring.score(proposal))
             self.done += 1
         self.says("done")
-        return self.kept.scores
+        return {proposal.name: self.kept.scores[f"{kind}{proposal.name}"] for proposal in proposals}

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
+from scipy.stats import binomtest, t
 
 from models.backbone import Backbone
 from models.generate import generate
-from models.profiles import Candidate, Measure
+from models.profiles import Candidate, Measure, Promise
 from models.quality.judge import Judge
 from models.quality.metrics import psnr, ssim
 from models.request import Request
@@ -19,6 +20,8 @@ from models.search.proposals import Proposal
 
 CHUNK = 16
 """Pictures drawn together: 32 guided rows a forward."""
+CONFIDENCE = 0.99
+"""That a mean over other captions is no lower than what is promised: of each run, so that a front's hold together."""
 
 
 class Scores(BaseModel):
@@ -112,6 +115,28 @@ def measure(values: Sequence[float], digits: int) -> Measure:
     """The mean of one number a picture, and its standard error; one picture has none to speak of."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return Measure(mean=round(statistics.fmean(values), digits), error=round(error, digits))
+
+
+def promise(scores: Scores) -> Promise:
+    """What the means over other captions of this kind are at least: Student's one-sided bound, and for the share of
+    pictures that keep all claims Wilson's. One picture promises no more than what it has."""
+    kept = None if scores.aligned is None else round(sum(scores.aligned))
+    share = None
+    if kept is not None:
+        found = binomtest(kept, len(scores.ssim)).proportion_ci(2 * CONFIDENCE - 1, "wilson")
+        share = round(float(found.low), 4)
+    return Promise(
+        psnr=_least(scores.to_plain, 2),
+        ssim=_least(scores.ssim, 5),
+        psnr_converged=_least(scores.to_converged, 2),
+        alignment=share,
+    )
+
+
+def _least(values: Sequence[float], digits: int) -> float:
+    mean, count = statistics.fmean(values), len(values)
+    error = statistics.stdev(values) / count**0.5 if count > 1 else 0.0
+    return round(mean - float(t.ppf(CONFIDENCE, count - 1)) * error if error else mean, digits)
 
 
 def beats(scores: Sequence[float], other: Sequence[float]) -> bool:

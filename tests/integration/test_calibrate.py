@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from app.cli import app
 from models import Backbone, Profile, Request, calibrate, generate, load
-from models.accelerators import Forecast, from_mode
+from models.accelerators import Auto, Forecast, from_mode
 from models.errors import RequestError
 from models.loading import BUNDLED
+from models.quality.metrics import psnr
 from models.resolve import least_request, resolve
 from models.search.fitting import Fit, fit
 from models.search.masks import Grid, influence
@@ -90,7 +93,8 @@ def test_a_profile_says_what_was_measured(student_of: BackboneOf) -> None:
     backbone = student_of("sd")
     notes: list[str] = []
     profile = run(backbone, seed=3, progress=lambda done, total, note: notes.append(note))
-    assert (profile.config_hash, profile.scheduler, profile.fitted) == (backbone.spec.config_hash, "ddim", 2)
+    assert (profile.config_hash, profile.scheduler) == (backbone.spec.config_hash, "ddim")
+    assert (profile.fitted, profile.checked) == (1, 2)
     assert profile.plain.psnr.mean == 100.0
     assert {"unipc-2", "dpmpp_2m-2", "deepcache-2-o1", "student-student"} <= profile.by_name.keys()
     assert notes[:4] == ["recording", "converged", "plain", "searching"]
@@ -100,11 +104,34 @@ def test_a_profile_says_what_was_measured(student_of: BackboneOf) -> None:
     line = profile.by_name[name]
     acceleration = [from_mode(mode) for mode in line.acceleration]
     requests = [
-        Request(prompt=p, seed=5 + i, num_inference_steps=8, scheduler="ddim", acceleration=acceleration)
-        for i, p in enumerate(PROMPTS[2:])
+        Request(prompt=p, seed=4 + i, num_inference_steps=8, scheduler="ddim", acceleration=acceleration)
+        for i, p in enumerate(PROMPTS[1:2])
     ]
     results = generate(backbone, requests)
     assert (line.evaluations, line.macs) == (2.0, results[0].usage.macs)
+
+
+def test_what_is_promised_of_a_front_is_measured_on_captions_that_chose_nothing(backbone_of: BackboneOf) -> None:
+    backbone = backbone_of("sd")
+    profile = run(backbone, seed=3)
+    on_fronts = {"plain", *profile.fronts["plain"], *profile.fronts["converged"]}
+    assert {one.name for one in profile.all if one.promise is not None} == on_fronts
+    name = next(name for name in profile.fronts["converged"] if name != "plain")
+    one = profile.by_name[name]
+
+    def drawn(**facts: Any) -> list[Image.Image]:
+        requests = [Request(prompt=p, seed=5 + i, **facts) for i, p in enumerate(PROMPTS[2:])]
+        return [result.images[0] for result in generate(backbone, requests)]
+
+    modes = [from_mode(mode) for mode in one.acceleration]
+    pictures = drawn(num_inference_steps=one.num_inference_steps, scheduler=one.scheduler, acceleration=modes)
+    for reference, promised in (
+        (drawn(num_inference_steps=4, scheduler="ddim"), one.promised.psnr),
+        (drawn(num_inference_steps=6, scheduler="dpmpp_2m"), one.promised.psnr_converged),
+    ):
+        first, second = (psnr(a, b) for a, b in zip(pictures, reference, strict=True))
+        bound = (first + second) / 2 - 31.82 * abs(first - second) / 2  # Student's t, one degree of freedom, 99 %
+        assert math.isclose(promised, bound, abs_tol=0.01 + 0.001 * abs(bound))
 
 
 def test_a_calibration_goes_on_where_it_was_stopped(backbone_of: BackboneOf, tmp_path: Path) -> None:
@@ -129,7 +156,9 @@ def test_a_calibration_goes_on_where_it_was_stopped(backbone_of: BackboneOf, tmp
     done: list[int] = []
     resumed = run(backbone, checkpoint=tmp_path / "kept", progress=lambda n, total, note: done.append(n))
     assert resumed.model_dump_json() == whole
-    assert len((tmp_path / "kept" / "scores.tsv").read_text().splitlines()) == len(resumed.all)
+    promised = [one for one in resumed.all if one.promise is not None]
+    lines = (tmp_path / "kept" / "scores.tsv").read_text().splitlines()
+    assert len(lines) == len(resumed.all) + len(promised)
     with pytest.raises(RequestError, match="another calibration"):
         run(backbone, checkpoint=tmp_path / "kept", seed=1)
 
@@ -146,7 +175,7 @@ def test_what_is_fitted_is_of_the_profiles_own_scheduler_and_steps(
     monkeypatch.setattr("models.search.calibrate.fit", noted)
     clock = map(float, itertools.count()).__next__
     run = {"scheduler": "dpmpp_2m", "num_inference_steps": 8}
-    profile = calibrate(backbone_of("pixart-alpha"), PROMPTS[:2], clock=clock, reference_steps=9, **run)  # type: ignore[arg-type]
+    profile = calibrate(backbone_of("pixart-alpha"), PROMPTS, clock=clock, reference_steps=9, **run)  # type: ignore[arg-type]
     assert [(one.scheduler, one.num_inference_steps) for one in seen] == [("dpmpp_2m", 8)]
     assert (profile.mag_ratios, profile.tea_coefficients) == ((1.0,) * 8, (1.0, 0.0))
 
@@ -166,8 +195,8 @@ def test_ratios_and_coefficients_are_of_the_run(backbone_of: BackboneOf) -> None
 def test_what_cannot_be_calibrated(backbone_of: BackboneOf) -> None:
     with pytest.raises(RequestError, match="scheduler: euler_ancestral draws noise"):
         run(backbone_of("sd"), scheduler="euler_ancestral")
-    with pytest.raises(RequestError, match="prompts: 1 is too few"):
-        calibrate(backbone_of("sd"), ["one"])
+    with pytest.raises(RequestError, match="prompts: 3 is too few"):
+        calibrate(backbone_of("sd"), PROMPTS[:3])
     with pytest.raises(RequestError, match="does not take prompts"):
         run(backbone_of("dit"))
 
@@ -176,12 +205,13 @@ def test_the_command_writes_a_profile_and_a_picture(pipeline_dir: Callable[[str]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     file = tmp_path / "out.json"
-    options = ["--steps", "3", "--reference-steps", "4", "--count", "2", "--prompts", str(prompts), "-o", str(file)]
+    options = ["--steps", "3", "--reference-steps", "4", "--count", "4", "--prompts", str(prompts), "-o", str(file)]
     directory = str(pipeline_dir("sd"))
     result = CliRunner().invoke(app, ["calibrate", "--model", directory, "--device", "cpu", *options])
     assert result.exit_code == 0, result.output
     profile = Profile.load(file)
-    assert profile.captions == ("a red cat", "two dogs")
+    assert profile.captions == tuple(PROMPTS)
+    assert re.search(r"\d+\s+candidates,\s+\d+\s+schedules,\s+in\s+\d+\s+s\n", result.output)
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "out.png", "prompts.txt"]
     loaded = load(directory, device="cpu", profiles={"mine": file})
@@ -190,6 +220,12 @@ def test_the_command_writes_a_profile_and_a_picture(pipeline_dir: Callable[[str]
         prompt="x", num_inference_steps=schedule.num_inference_steps, acceleration=Forecast(schedule=name)
     )
     assert resolve(loaded.spec, loaded.scheduler_config, request).evaluations == len(schedule.steps)
+    plain, chosen = (
+        generate(loaded, [Request(prompt="x", num_inference_steps=3, acceleration=mode)])[0]
+        for mode in ((), Auto(prefer="speed"))
+    )
+    assert chosen.profile is not None
+    assert chosen.usage.macs < chosen.usage.macs_unaccelerated == plain.usage.macs
 
 
 @pytest.mark.parametrize("model", ["shapes-sd", "shapes-dit"])

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from models.accelerators import Auto, CfgStudent, DeepCache, Forecast, NoAcceleration
 from models.errors import AcceleratorConflict, NoProfile, OutOfRange, RequestError
-from models.profiles import Profile
+from models.profiles import Measure, Profile
 from models.profiles.choice import DEADLINE_SHARE, LOSSES, Outlook, choose
 from models.request import Request, Run
 from models.resolve import resolve
@@ -65,6 +65,33 @@ def test_a_wish_that_nothing_meets_is_refused_with_the_limit(wish: dict[str, Any
     assert caught.value.field == f"acceleration.{field}"
 
 
+def test_the_least_likeness_is_what_is_promised_and_not_the_mean() -> None:
+    sure = {"psnr": 37.5, "ssim": 0.88, "psnr_converged": 36.0, "alignment": 0.8}
+    cheap = candidate("cheap", 300, 39.0, 37.0, promise=sure)
+    mean = {"mean": 41.0, "error": 0.75}
+    guessed = candidate("guessed", 500, 41.0, 38.0).model_copy(update={"psnr": Measure.model_validate(mean)})
+    measured = profile(cheap, guessed)
+    assert [choose(measured, Auto(min_psnr=least))[0].name for least in (37.5, 37.6, 39.5, 39.6)] == [
+        "cheap",
+        "guessed",
+        "guessed",
+        "plain",
+    ]
+    spec = unet_spec(native_width=64, native_height=32, default_steps=10, profiles={"ddim-10": measured})
+    chosen = resolve(spec, CONFIG, Request(prompt="a ring", acceleration=Auto(min_psnr=37))).profile
+    assert chosen is not None
+    assert chosen.promised == {**sure, "speedup": 3.3333}
+
+
+def test_a_plain_run_is_the_one_that_was_asked_for() -> None:
+    """Its steps are those of the request's scheduler, however few the chosen one takes."""
+    for steps, scheduler, plain in ((None, None, 10), (20, "ddim", 20)):
+        run = resolved(Auto(prefer="speed"), num_inference_steps=steps, scheduler=scheduler)
+        assert (run.num_inference_steps, len(run.steps)) == (3, 3)
+        assert (run.plain_steps, run.plain_roles) == (plain, 2)
+    assert resolved(DeepCache(), num_inference_steps=7).plain_steps == 7
+
+
 def test_seconds_are_only_known_to_a_server() -> None:
     with pytest.raises(RequestError, match="max_seconds"):
         choose(PROFILE, Auto(max_seconds=5))
@@ -86,12 +113,20 @@ def test_a_flexible_request_gives_way_to_its_deadline(deadline: float | None, na
     assert choose(PROFILE, Auto(prefer="balanced"), outlook)[0].name == "forecast-5"
 
 
+def promise(psnr: float) -> dict[str, float]:
+    return {"psnr": psnr, "ssim": 0.9, "psnr_converged": psnr}
+
+
 @st.composite
 def profiles(draw: st.DrawFn) -> Profile:
     """Any candidates under any plain run that the file format allows."""
     numbers = st.tuples(st.integers(1, 2000), st.integers(10, 99), st.integers(10, 60), st.floats(0.01, 3))
     lines = draw(st.lists(numbers, min_size=1, max_size=12))
-    made = [candidate(f"c{i}", m, p, c, seconds=s) for i, (m, p, c, s) in enumerate(lines)]
+    short = draw(st.floats(0, 9))  # what may be promised of every other one is so much less
+    made = [
+        candidate(f"c{i}", m, p, c, seconds=s, promise=promise(p - short) if i % 2 else None)
+        for i, (m, p, c, s) in enumerate(lines)
+    ]
     return profile(*made)
 
 
@@ -122,7 +157,7 @@ def test_nothing_dominated_is_ever_chosen(measured: Profile, wish: Auto, outlook
     plain = measured.plain
     if wish.prefer is not None:
         assert chosen.psnr_converged.mean >= plain.psnr_converged.mean - LOSSES[wish.prefer]
-    assert chosen.psnr.mean >= (wish.min_psnr or 0)
+    assert chosen.promised.psnr >= (wish.min_psnr or 0)
     assert chosen.macs * (wish.speedup or 0) <= plain.macs
     whole = outlook.wait + chosen.seconds * (outlook.step * plain.evaluations)  # as it is summed there, to the bit
     assert whole <= (wish.max_seconds or 1e9)

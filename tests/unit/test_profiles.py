@@ -88,7 +88,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"more": 1}, "more"),
     ({"num_inference_steps": 0}, "num_inference_steps"),
     ({"captions": []}, "captions"),
-    ({"fitted": 3}, "3 of 2 captions"),
+    ({"fitted": 3}, "3 and 0 of 2 captions"),
+    ({"checked": 2}, "1 and 2 of 2 captions"),
     ({"fronts": {"plain": ["plain"], "converged": ["cheap", "k13", "dear"]}}, "fronts.plain"),
     ({"fronts": {"plain": ["cheap", "k13", "plain"]}}, "fronts.converged"),
     ({"candidates": [candidate("plain", 1, 1.0)]}, "two of the same name"),
@@ -223,6 +224,10 @@ def test_the_bundled_models_have_profiles_of_other_captions_than_they_are_judged
         assert (profile.width, profile.height, profile.guidance_scale) == (64, 64, spec.default_guidance_scale)
         assert not set(profile.captions) & set(held_out_captions(64))
         assert {"unipc-13", "unipc-10", "unipc-8"} < profile.by_name.keys()
+        assert (len(set(profile.captions)), profile.fitted, profile.checked) == (62, 16, 30)
+        for one in (*profile.front("plain"), *profile.front("converged")):
+            assert one.promise is not None
+            assert one.promise.psnr_converged < one.psnr_converged.mean + 2
         assert len(profile.mag_ratios) == (profile.num_inference_steps if spec.family == "dit" else 0)
         for schedule in profile.schedules.values():
             assert len(schedule.steps) in (13, 10, 8)

@@ -38,7 +38,9 @@ class UsageBody(BaseModel):
     evaluations: int = Field(description="Steps an image with a forward; the others are foretold.")
     rows: int
     macs: int | None = Field(description="null where they could not be counted.")
-    macs_unaccelerated: int | None
+    macs_unaccelerated: int | None = Field(
+        description="Of the same images in full: where auto chose, of the steps and scheduler that were asked for."
+    )
 
 
 class TimingBody(BaseModel):
@@ -56,8 +58,9 @@ class ProfileBody(BaseModel):
     name: str = Field(description="The profile that was chosen from.")
     candidate: str
     promised: dict[str, float] = Field(
-        description="Means over the profile's captions: `psnr` and `ssim` to the plain picture, `psnr_converged` to "
-        "the one of very many steps, `alignment` where a judge reads the pictures, `speedup` in MACs."
+        description="What the mean over many captions is at least, by what the profile measured (99 %): `psnr` and "
+        "`ssim` to the plain picture, `psnr_converged` to the one of very many steps, `alignment` where a judge reads "
+        "the pictures. `speedup` is in MACs."
     )
     differences: list[str] = Field(description="How the request differs from what the profile was measured with.")
     moved: bool = Field(description="Whether a flexible request was made cheaper for its deadline.")
