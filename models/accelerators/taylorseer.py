@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, PrivateAttr
 
 from models.accelerators.base import Accelerator, check_site
-from models.networks.sites import attention, cross_attention, feed_forward
+from models.networks.sites import MODULES, feed_forward
 from models.reuse.plans import Recall, StepPlan
 from models.reuse.sites import Site
 from models.reuse.weights import Basis
@@ -15,8 +15,8 @@ from models.spec import Family, ModelSpec, RunSpec
 
 
 class TaylorSeer(Accelerator):
-    """Between full steps every self-attention, cross-attention and feed-forward is foretold; what lies around them, the
-    normalisations, gates and additions, still runs.
+    """Between full steps every attention and feed-forward is foretold; what lies around them, the normalisations, gates
+    and additions, still runs. Where a block has both side by side, their common projection is.
 
     The first `warmup` steps are full, then every `interval`-th, counted as diffusers' `TaylorSeerCacheConfig` counts:
     step `warmup` itself is foretold, and warmup + 1, warmup + 1 + interval, … are full. A row remembers order + 1
@@ -40,7 +40,7 @@ class TaylorSeer(Accelerator):
     def bind(self, model: ModelSpec, run: RunSpec) -> Self:
         """Find the modules of the model's blocks."""
         check_site(self, model, feed_forward(0), "recall")
-        every = (site(k) for k in range(model.depth) for site in (attention, cross_attention, feed_forward))
+        every = (Site(kind, k) for k in range(model.depth) for kind in MODULES)
         bound = self.model_copy()
         bound._modules = tuple(site for site in every if "recall" in model.sites.understands(site))
         return bound

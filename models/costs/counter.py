@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.adapters.lora import Lora, meta_lora
 from models.families import Family, of_network
 from models.networks.base import Network
-from models.networks.sites import attention, blocks, cross_attention, feed_forward, level
+from models.networks.sites import MODULES, attention, blocks, level
 from models.networks.transformer import Transformer, attention_rows
 from models.networks.unet import UNet, truncate
 from models.reuse.plans import Reading, Recall, RowPlan, StepRows, Twin, Zeros
@@ -168,10 +168,15 @@ class Counts:
         rows = [partner, row] if twin else [row]
         x, t, conditioning = self._inputs(len(rows))
         h, inputs, _ = network.begin(x, t, conditioning, rows)
-        for entry in (entry for one in reads.values() for entry in one.entries):
-            shape = network.sites.shape(entry[0], *self._size) if entry[0].kind == "residual" else tuple(h.shape[1:])
-            store.write([(row.memory, entry)], torch.empty(1, *shape, device="meta"))
-        both = self._count(lambda: network.block(block, h, inputs, attention_rows(rows, block, store, Places(h))))
+
+        def run(rows: Sequence[Row]) -> None:
+            network.block(block, h, inputs, attention_rows(rows, block, store, Places(h)))
+
+        entries = {entry for one in reads.values() for entry in one.entries}
+        for step in {step for _, step in entries}:  # remembered first, in the shapes that the block itself gives them
+            features = frozenset(feature for feature, at in entries if at == step)
+            run([Row(RowPlan(step, {}, features), "conditional", self, row.memory)])
+        both = self._count(lambda: run(rows))
         if not twin:
             return both
         return both - self._block(partner.plan, block, None)
@@ -209,7 +214,7 @@ class Counts:
 
 def _modules(plan: RowPlan, block: int) -> dict[Site, Reading]:
     """What a row reads in place of modules of a block."""
-    sites = (site(block) for site in (attention, cross_attention, feed_forward))
+    sites = (Site(kind, block) for kind in MODULES)
     return {site: plan.reads[site] for site in sites if site in plan.reads}
 
 

@@ -13,7 +13,7 @@ from models.families.configs import ANY
 from models.guidance import CONDITIONAL, ClassifierFree
 from models.networks.attention import install
 from models.networks.base import Network
-from models.networks.transformer import DiT
+from models.networks.dit import DiT
 from models.request import Run
 from models.reuse.plans import Role
 from models.reuse.rows import Conditioning

@@ -12,11 +12,14 @@ from models.families.base import Parts
 from models.families.configs import ANY
 from models.families.mmdit import JointFamily
 from models.guidance import ClassifierFree
+from models.networks.attention import AttentionRows
 from models.networks.base import Network
 from models.networks.gated_blocks import BlockInputs
 from models.networks.joint_attention import JointAttention, Rope, Streams, install_joint
-from models.networks.mmdit import JointTransformer, Layout, pack, unpack
-from models.networks.sites import JointSites
+from models.networks.joint_block import JointBegun, begun, bounded
+from models.networks.mmdit import JointTransformer, Layout, joint_sites, pack, unpack
+from models.networks.modules import by_rows
+from models.networks.sites import feed_forward
 from models.request import Run
 from models.reuse.rows import Conditioning, Row
 
@@ -26,14 +29,9 @@ class FluxNetwork(JointTransformer):
 
     def __init__(self, module: Any) -> None:
         config = module.config
-        sites = JointSites(
-            int(config.in_channels) // 4,
-            int(config.num_layers + config.num_single_layers),
-            2,
-            module.inner_dim,
-            int(config.num_attention_heads),
-            int(config.attention_head_dim),
-        )
+        joint, single = int(config.num_layers), int(config.num_single_layers)
+        modules = [("attention", "feed_forward")] * (joint + single)
+        sites = joint_sites(module, int(config.in_channels) // 4, 2, modules, parallel=joint)
         super().__init__(module, module.transformer_blocks, module.single_transformer_blocks, sites)
 
     def begin(
@@ -61,27 +59,21 @@ class FluxNetwork(JointTransformer):
 
         return self.positions.get((text, height, width, device, dtype), make)
 
-    def joint(self, block: Any, image: Tensor, text: Tensor, inputs: BlockInputs, options: dict[str, Any]) -> Streams:
+    def begun(self, block: Any, streams: Streams, inputs: BlockInputs) -> JointBegun:
         """See `JointTransformer`."""
-        text, image = block(
-            hidden_states=image,
-            encoder_hidden_states=text,
-            temb=inputs.rows["temb"],
-            image_rotary_emb=inputs.shared.rope,
-            joint_attention_kwargs=options,
-        )
-        return image, text
+        (image, text), time = streams, inputs.rows["temb"]
+        return JointBegun(begun(block.norm1(image, emb=time)), begun(block.norm1_context(text, emb=time)))
 
-    def single(self, block: Any, h: Tensor, inputs: BlockInputs, options: dict[str, Any]) -> Tensor:
-        """See `JointTransformer`; diffusers' block would take the streams apart again, so it is given no text."""
-        _, out = block(
-            hidden_states=h,
-            encoder_hidden_states=h[:, :0],
-            temb=inputs.rows["temb"],
-            image_rotary_emb=inputs.shared.rope,
-            joint_attention_kwargs=options,
-        )
-        return out  # type: ignore[no-any-return]
+    def single(self, block: Any, number: int, h: Tensor, inputs: BlockInputs, batch: AttentionRows | None) -> Tensor:
+        """See `JointTransformer`."""
+        attended, gate = block.norm(h, emb=inputs.rows["temb"])
+
+        def both(batch: AttentionRows | None, x: Tensor) -> Tensor:
+            core = block.attn(x, image_rotary_emb=inputs.shared.rope, rows=batch)
+            out: Tensor = block.proj_out(torch.cat([core, block.act_mlp(block.proj_mlp(x))], dim=2))
+            return out
+
+        return bounded(h + gate.unsqueeze(1) * by_rows(feed_forward(number), batch, (attended,), both))
 
     def end(self, h: Tensor, inputs: BlockInputs, embedded: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Transformer`."""
@@ -117,7 +109,7 @@ class Flux(JointFamily):
 
     def network(self, module: Any) -> Network:
         """See `Family`."""
-        install_joint(module, lambda path, processor: JointAttention if processor == "FluxAttnProcessor" else None)
+        install_joint(module, lambda processor: JointAttention if processor == "FluxAttnProcessor" else None)
         return FluxNetwork(module)
 
     def latent_channels(self, config: Mapping[str, Any]) -> int:

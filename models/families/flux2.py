@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_flux2 import Flux2Modulation
 from torch import Tensor
 
 from models.families import vae
@@ -13,11 +14,13 @@ from models.families.base import Parts
 from models.families.configs import ANY
 from models.families.mmdit import JointFamily
 from models.guidance import ClassifierFree
+from models.networks.attention import AttentionRows
 from models.networks.base import Network
+from models.networks.dit_block import Begun
 from models.networks.gated_blocks import BlockInputs
 from models.networks.joint_attention import FusedAttention, JointAttention, Rope, Streams, install_joint
-from models.networks.mmdit import JointTransformer, Layout
-from models.networks.sites import JointSites
+from models.networks.joint_block import JointBegun, bounded
+from models.networks.mmdit import JointTransformer, Layout, joint_sites
 from models.reuse.rows import Conditioning, Row
 from models.solvers.flow import FlowTimes
 
@@ -28,14 +31,8 @@ class Flux2Network(JointTransformer):
 
     def __init__(self, module: Any) -> None:
         config = module.config
-        sites = JointSites(
-            int(config.in_channels),
-            int(config.num_layers + config.num_single_layers),
-            1,
-            module.inner_dim,
-            int(config.num_attention_heads),
-            int(config.attention_head_dim),
-        )
+        modules = [("attention", "feed_forward")] * config.num_layers + [("attention",)] * config.num_single_layers
+        sites = joint_sites(module, int(config.in_channels), 1, modules)
         super().__init__(module, module.transformer_blocks, module.single_transformer_blocks, sites)
 
     def begin(
@@ -65,32 +62,26 @@ class Flux2Network(JointTransformer):
 
         return self.positions.get((text, height, width, device), make)
 
-    def joint(self, block: Any, image: Tensor, text: Tensor, inputs: BlockInputs, options: dict[str, Any]) -> Streams:
+    def begun(self, block: Any, streams: Streams, inputs: BlockInputs) -> JointBegun:
         """See `JointTransformer`."""
-        text, image = block(
-            hidden_states=image,
-            encoder_hidden_states=text,
-            temb_mod_img=inputs.rows["image"],
-            temb_mod_txt=inputs.rows["text"],
-            image_rotary_emb=inputs.shared.rope,
-            joint_attention_kwargs=options,
-        )
-        return image, text
+        (image, text), given = streams, inputs.rows
+        return JointBegun(_begun(block.norm1, image, given["image"]), _begun(block.norm1_context, text, given["text"]))
 
-    def single(self, block: Any, h: Tensor, inputs: BlockInputs, options: dict[str, Any]) -> Tensor:
-        """See `JointTransformer`."""
-        return block(  # type: ignore[no-any-return]
-            hidden_states=h,
-            encoder_hidden_states=None,
-            temb_mod=inputs.rows["single"],
-            image_rotary_emb=inputs.shared.rope,
-            joint_attention_kwargs=options,
-        )
+    def single(self, block: Any, number: int, h: Tensor, inputs: BlockInputs, batch: AttentionRows | None) -> Tensor:
+        """See `JointTransformer`; attention and MLP are one module."""
+        [(shift, scale, gate)] = Flux2Modulation.split(inputs.rows["single"], 1)
+        attended = (1 + scale) * block.norm(h) + shift
+        return bounded(h + gate * block.attn(attended, image_rotary_emb=inputs.shared.rope, rows=batch))
 
     def end(self, h: Tensor, inputs: BlockInputs, embedded: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Transformer`."""
         h = self.module.proj_out(self.module.norm_out(h[:, inputs.shared.text :], embedded))
         return h.transpose(1, 2).reshape(len(h), -1, *size)
+
+
+def _begun(norm: Any, h: Tensor, modulation: Tensor | None) -> Begun:
+    (shift, scale, gate), (shift_mlp, scale_mlp, gate_mlp) = Flux2Modulation.split(modulation, 2)
+    return Begun((1 + scale) * norm(h) + shift, gate, shift_mlp, scale_mlp, gate_mlp)
 
 
 class Flux2Klein(JointFamily):
@@ -126,7 +117,7 @@ class Flux2Klein(JointFamily):
     def network(self, module: Any) -> Network:
         """See `Family`."""
         found = {"Flux2AttnProcessor": JointAttention, "Flux2ParallelSelfAttnProcessor": FusedAttention}
-        install_joint(module, lambda path, processor: found.get(processor))
+        install_joint(module, lambda processor: found.get(processor))
         return Flux2Network(module)
 
     def latent_channels(self, config: Mapping[str, Any]) -> int:

@@ -14,7 +14,7 @@ from models.families.text import TextFamily
 from models.guidance import ClassifierFree
 from models.networks.attention import install
 from models.networks.base import Network
-from models.networks.transformer import DiT
+from models.networks.dit import DiT
 from models.request import Run
 from models.reuse.rows import Conditioning
 

@@ -14,9 +14,9 @@ from models.families.mmdit import JointFamily
 from models.guidance import ClassifierFree
 from models.networks.base import Network
 from models.networks.gated_blocks import BlockInputs
-from models.networks.joint_attention import ImageAttention, ImageFirstAttention, JointAttention, Streams, install_joint
-from models.networks.mmdit import JointTransformer, Layout
-from models.networks.sites import JointSites
+from models.networks.joint_attention import ImageFirstAttention, Streams, install_joint
+from models.networks.joint_block import Again, JointBegun, begun
+from models.networks.mmdit import JointTransformer, Layout, joint_sites
 from models.networks.transformer import unpatchify
 from models.reuse.rows import Conditioning, Row
 from models.solvers.flow import FlowTimes
@@ -24,18 +24,15 @@ from models.solvers.flow import FlowTimes
 
 class SD3Network(JointTransformer):
     """diffusers' `SD3Transformer2DModel`: joint blocks alone, of which the last leaves the text as it is. In 3.5-medium
-    the image tokens of the first blocks attend to themselves once more, which is computed in every step."""
+    the image tokens of the first blocks attend to themselves once more."""
 
     def __init__(self, module: Any) -> None:
         config = module.config
-        sites = JointSites(
-            int(config.in_channels),
-            int(config.num_layers),
-            int(config.patch_size),
-            module.inner_dim,
-            int(config.num_attention_heads),
-            int(config.attention_head_dim),
-        )
+        twice = ("attention", "image_attention", "feed_forward")
+        modules = [
+            twice if one.use_dual_attention else ("attention", "feed_forward") for one in module.transformer_blocks
+        ]
+        sites = joint_sites(module, int(config.in_channels), int(config.patch_size), modules)
         super().__init__(module, module.transformer_blocks, [], sites)
 
     def kind(self, block: int) -> Hashable:
@@ -52,15 +49,17 @@ class SD3Network(JointTransformer):
         text = self.module.context_embedder(conditioning["encoder_hidden_states"])
         return torch.cat([text, image], dim=1), BlockInputs({"temb": embedded}, Layout(text.shape[1])), embedded
 
-    def joint(self, block: Any, image: Tensor, text: Tensor, inputs: BlockInputs, options: dict[str, Any]) -> Streams:
+    def begun(self, block: Any, streams: Streams, inputs: BlockInputs) -> JointBegun:
         """See `JointTransformer`."""
-        text_out, image_out = block(
-            hidden_states=image,
-            encoder_hidden_states=text,
-            temb=inputs.rows["temb"],
-            joint_attention_kwargs=options,
-        )
-        return image_out, text if text_out is None else text_out
+        (image, text), time = streams, inputs.rows["temb"]
+        again = None
+        parts = list(block.norm1(image, emb=time))
+        if block.use_dual_attention:
+            *parts, attended, gate = parts
+            again = Again(attended, gate[:, None])
+        if block.context_pre_only:
+            return JointBegun(begun(parts), block.norm1_context(text, time), again)
+        return JointBegun(begun(parts), begun(block.norm1_context(text, emb=time)), again)
 
     def end(self, h: Tensor, inputs: BlockInputs, embedded: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Transformer`."""
@@ -100,12 +99,8 @@ class StableDiffusion3(JointFamily):
     def network(self, module: Any) -> Network:
         """See `Family`."""
 
-        def choose(path: str, processor: str) -> type[JointAttention] | None:
-            if processor != "JointAttnProcessor2_0":
-                return None
-            return ImageAttention if path.endswith(".attn2") else ImageFirstAttention
-
-        install_joint(module, choose)
+        # Without text tokens of its own, as the second attention of a block has none, an attention is over one stream.
+        install_joint(module, lambda processor: ImageFirstAttention if processor == "JointAttnProcessor2_0" else None)
         return SD3Network(module)
 
     def text_tokens(self, pipeline: Any) -> int:

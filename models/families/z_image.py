@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,13 @@ from models.networks.attention import AttentionRows
 from models.networks.base import Network
 from models.networks.gated_blocks import BlockInputs
 from models.networks.joint_attention import ComplexRotaryAttention, install_joint
-from models.networks.sites import JointSites
+from models.networks.modules import by_rows
+from models.networks.sites import JointSites, feed_forward
 from models.networks.transformer import Transformer, unpatchify
 from models.request import Run
 from models.reuse.plans import Role
 from models.reuse.rows import Conditioning, Row, segments
+from models.reuse.sites import Site
 
 MULTIPLE = 32
 """Image and text tokens are padded to a multiple of this many, with learned tokens that are attended to."""
@@ -46,6 +48,15 @@ class FromConditional:
         return conditional if unconditional is None else conditional + scales.guidance * (conditional - unconditional)
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which tokens are what: the image's come first, `image` of them, then padding; [caption, end) are the prompt's."""
+
+    image: int
+    caption: int
+    end: int
+
+
 class ZImageNetwork(Transformer):
     """diffusers' `ZImageTransformer2DModel`: image and text are refined apart, then one stream, the image first.
 
@@ -61,8 +72,9 @@ class ZImageNetwork(Transformer):
             int(config.dim),
             int(config.n_heads),
             int(config.dim // config.n_heads),
+            frozenset({"modulated"}),
             multiple=MULTIPLE,
-            probes_image=False,
+            modules=(frozenset({"attention", "feed_forward"}),) * config.n_layers,
         )
         super().__init__(module, module.layers, [block.attention for block in module.layers], sites)
 
@@ -91,7 +103,8 @@ class ZImageNetwork(Transformer):
         if attended is not None:
             attended = F.pad(attended, (image.shape[1], 0), value=True)
         positions = torch.cat([image_at, caption_at], dim=1)
-        inputs = BlockInputs({"time": time, "positions": positions, "attended": attended})
+        layout = Layout((x.shape[-2] // 2) * (x.shape[-1] // 2), image.shape[1], image.shape[1] + caption.shape[1])
+        inputs = BlockInputs({"time": time, "positions": positions, "attended": attended}, layout)
         return torch.cat([image, caption], dim=1), inputs, time
 
     def _image(self, x: Tensor, caption: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,10 +129,23 @@ class ZImageNetwork(Transformer):
         found: Tensor = self.module.rope_embedder(ids.flatten(0, 1))
         return found.view(*ids.shape[:2], -1)
 
+    def probed(self, h: Tensor, inputs: BlockInputs) -> Tensor:
+        """See `Blocks`; the image's tokens, without padding."""
+        return h[:, : inputs.shared.image]
+
+    def modulated(self, number: int, h: Tensor, inputs: BlockInputs) -> Tensor:
+        """See `Transformer`."""
+        one: Any = self.blocks[number]
+        scale, *_ = modulation(one, inputs.rows["time"])
+        return one.attention_norm1(self.probed(h, inputs)) * (1.0 + scale)  # type: ignore[no-any-return]
+
     def block(self, number: int, h: Tensor, inputs: BlockInputs, attention: AttentionRows | None) -> Tensor:
         """See `Transformer`."""
-        given = inputs.rows
-        return run_block(self.blocks[number], h, given["attended"], given["positions"], given["time"], attention)
+        given, layout = inputs.rows, inputs.shared
+        batch = attention and replace(attention, text=(layout.caption, layout.end))
+        return run_block(
+            self.blocks[number], h, given["attended"], given["positions"], given["time"], batch, feed_forward(number)
+        )
 
     def end(self, h: Tensor, inputs: BlockInputs, embedded: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Transformer`; the network predicts clean - noise."""
@@ -127,18 +153,36 @@ class ZImageNetwork(Transformer):
         return -unpatchify(out[:, : (size[0] // 2) * (size[1] // 2)], size, 2)
 
 
+def modulation(block: Any, time: Tensor | None) -> Sequence[Tensor]:
+    """Scale and gate of the attention, and of the feed-forward, [rows, 1, dim]."""
+    parts: Sequence[Tensor] = block.adaLN_modulation(time).unsqueeze(1).chunk(4, dim=2)
+    return parts
+
+
 def run_block(
-    block: Any, h: Tensor, attended: Tensor | None, positions: Tensor | None, time: Tensor | None, rows: Any
+    block: Any,
+    h: Tensor,
+    attended: Tensor | None,
+    positions: Tensor | None,
+    time: Tensor | None,
+    batch: AttentionRows | None,
+    feeding: Site | None = None,
 ) -> Tensor:
-    """diffusers' `ZImageTransformerBlock`, whose own forward has no place for what the attention needs to know."""
-    options = {"attention_mask": attended, "freqs_cis": positions, "rows": rows}
+    """diffusers' `ZImageTransformerBlock` in its modules, of which any row may take a result from memory; `feeding` is
+    its feed-forward where that is a site."""
+    options = {"attention_mask": attended, "freqs_cis": positions, "rows": batch}
     if not block.modulation:
         h = h + block.attention_norm2(block.attention(block.attention_norm1(h), **options))
         return h + block.ffn_norm2(block.feed_forward(block.ffn_norm1(h)))  # type: ignore[no-any-return]
-    scale, gate, scale_mlp, gate_mlp = block.adaLN_modulation(time).unsqueeze(1).chunk(4, dim=2)
+    scale, gate, scale_mlp, gate_mlp = modulation(block, time)
     out = block.attention(block.attention_norm1(h) * (1.0 + scale), **options)
     h = h + gate.tanh() * block.attention_norm2(out)
-    out = block.feed_forward(block.ffn_norm1(h) * (1.0 + scale_mlp))
+
+    def fed(_: AttentionRows | None, x: Tensor, scale: Tensor) -> Tensor:
+        out: Tensor = block.feed_forward(block.ffn_norm1(x) * (1.0 + scale))
+        return out
+
+    out = fed(batch, h, scale_mlp) if feeding is None else by_rows(feeding, batch, (h, scale_mlp), fed)
     return h + gate_mlp.tanh() * block.ffn_norm2(out)  # type: ignore[no-any-return]
 
 
@@ -174,7 +218,7 @@ class ZImage(JointFamily):
     def network(self, module: Any) -> Network:
         """See `Family`."""
         found = {"ZSingleStreamAttnProcessor": ComplexRotaryAttention}
-        install_joint(module, lambda path, processor: found.get(processor))
+        install_joint(module, lambda processor: found.get(processor))
         return ZImageNetwork(module)
 
     def facts(self, config: Mapping[str, Any]) -> dict[str, Any]:

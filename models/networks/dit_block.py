@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +9,8 @@ from torch import Tensor
 
 from models.networks.attention import AttentionRows
 from models.networks.gated_blocks import BlockInputs
+from models.networks.modules import by_rows
 from models.networks.sites import cross_attention, feed_forward
-from models.reuse.rows import Row, keep, segments
-from models.reuse.sites import Feature, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,37 +45,17 @@ def run(block: Any, number: int, h: Tensor, inputs: BlockInputs, attention: Atte
     h = begun.attention_gate * block.attn1(begun.attended, rows=attention) + h
     if block.attn2 is not None:
 
-        def crossed(rows: Sequence[Row], x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-            adapted = AttentionRows(rows, segments(rows))
-            out: Tensor = block.attn2(x, encoder_hidden_states=context, attention_mask=mask, rows=adapted)
+        def crossed(batch: AttentionRows, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+            out: Tensor = block.attn2(x, encoder_hidden_states=context, attention_mask=mask, rows=batch)
             return out
 
         given = (h, inputs.rows["encoder_hidden_states"], inputs.rows["encoder_attention_mask"])
-        h = _module(cross_attention(number), attention, given, crossed) + h
+        h = by_rows(cross_attention(number), attention, given, crossed) + h
     norm = block.norm3 if block.norm_type == "ada_norm_zero" else block.norm2
 
-    def fed(_: Sequence[Row], x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def fed(_: AttentionRows, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         out: Tensor = block.ff(norm(x) * (1 + scale) + shift)
         return out
 
-    fed_forward = _module(feed_forward(number), attention, (h, begun.scale, begun.shift), fed)
+    fed_forward = by_rows(feed_forward(number), attention, (h, begun.scale, begun.shift), fed)
     return begun.feed_forward_gate * fed_forward + h
-
-
-def _module(site: Site, batch: AttentionRows, given: Sequence[Tensor | None], compute: Callable[..., Tensor]) -> Tensor:
-    """One module's result [rows, tokens, dim]: computed from `given` for the rows that run it, else remembered."""
-    rows, store, places = batch.rows, batch.store, batch.places
-    assert store is not None  # noqa: S101
-    assert places is not None  # noqa: S101
-    recalled = [i for i, row in enumerate(rows) if site in row.plan.reads]
-    running = [i for i, row in enumerate(rows) if site not in row.plan.reads]
-    parts, members = [], []
-    if running:
-        active = [rows[i] for i in running]
-        computed = compute(active, *(None if t is None else places.take(t, running) for t in given))
-        keep(store, places, active, Feature(site, "value"), computed)
-        parts, members = [computed], [running]
-    if recalled:
-        parts.append(store.read([(rows[i].memory, rows[i].plan.reads[site]) for i in recalled]))
-        members.append(recalled)
-    return places.joined(parts, members)

@@ -1,50 +1,25 @@
-"""Attention over text and image tokens together: plain, recalled, and with LoRA terms, as the rows given say."""
+"""Attention over text and image tokens together: how each kind projects. What rows do with it is `RowAttention`'s."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from models.errors import ModelLoadError
-from models.networks.attention import AttentionRows, RowAttention
-from models.reuse.rows import Row, Segment, keep, segments
-from models.reuse.sites import Feature
+from models.networks.attention import AttentionRows, Given, Heads, RowAttention
+from models.reuse.rows import Segment
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines [tokens, head_dim] of rotary positions, text first."""
 Streams = tuple[Tensor, Tensor]
 """Image and text tokens [rows, tokens, dim]."""
-Compute = Callable[[Sequence[int], tuple[Segment, ...]], Tensor]
-"""An attention's result [rows, tokens, dim] for these positions of the batch, under these adapters."""
-
-
-def by_rows(attention: AttentionRows | None, count: int, compute: Compute) -> Tensor:
-    """An attention's result for a batch of `count` rows, of which some may recall theirs and some remember it."""
-    if attention is None:
-        return compute(range(count), ())
-    if attention.site is None or attention.store is None or attention.places is None:
-        return compute(range(count), attention.segments)
-    rows, places, site = attention.rows, attention.places, attention.site
-    recalled = [i for i, row in enumerate(rows) if site in row.plan.reads]
-    members: list[Sequence[int]] = []
-    parts: list[Tensor] = []
-    if computed := [i for i in range(count) if site not in rows[i].plan.reads]:
-        running: list[Row] = [rows[i] for i in computed]
-        out = compute(computed, segments(running))
-        keep(attention.store, places, running, Feature(site, "value"), out)
-        members.append(computed)
-        parts.append(out)
-    if recalled:
-        members.append(recalled)
-        parts.append(attention.store.read([(rows[i].memory, rows[i].plan.reads[site]) for i in recalled]))
-    return places.joined(parts, members)
+Parts = tuple[Segment, ...]
+QKV = ("to_q", "to_k", "to_v")
 
 
 class JointAttention(RowAttention):
@@ -55,7 +30,6 @@ class JointAttention(RowAttention):
 
     def __init__(self, path: str) -> None:
         super().__init__(path, reusable=True)
-        self.__dict__["__call__"] = _stub(type(self))
 
     def __call__(  # type: ignore[override]
         self,
@@ -66,53 +40,37 @@ class JointAttention(RowAttention):
         image_rotary_emb: Rope | None = None,
         rows: AttentionRows | None = None,
     ) -> Tensor | Streams:
-        run = self._outside_graphs if torch.compiler.is_compiling() and rows is not None else self._run
-        out: Tensor = run(attn, hidden_states, encoder_hidden_states, image_rotary_emb, rows)
+        out = self.run(attn, (hidden_states, encoder_hidden_states), image_rotary_emb, rows)
         if encoder_hidden_states is None:
             return out
         text = encoder_hidden_states.shape[1]
         return out[:, text:], out[:, :text]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _outside_graphs(self, *arguments: Any) -> Tensor:
-        return self._run(*arguments)
-
-    def _run(
-        self, attn: Any, image: Tensor, text: Tensor | None, rope: Rope | None, rows: AttentionRows | None
-    ) -> Tensor:
-        def compute(positions: Sequence[int], parts: tuple[Segment, ...]) -> Tensor:
-            x, context = image, text
-            if len(positions) < len(image):
-                assert rows is not None  # noqa: S101
-                assert rows.places is not None  # noqa: S101
-                x = rows.places.take(image, positions)
-                context = None if text is None else rows.places.take(text, positions)
-            return self._both(attn, x, context, rope, parts)
-
-        return by_rows(rows, len(image), compute)
-
-    def _both(
-        self, attn: Any, x: Tensor, context: Tensor | None, rope: Rope | None, parts: tuple[Segment, ...]
-    ) -> Tensor:
-        """Both streams' results, text first, [rows, tokens, dim]."""
-        own = self._heads(attn, "hidden", x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), parts)
+    def project(self, attn: Any, given: Given, shared: Any, parts: Parts) -> Heads:
+        """See `RowAttention`."""
+        x, context = given
+        assert x is not None  # noqa: S101
+        own = self._heads(attn, "hidden", x, QKV, ("norm_q", "norm_k"), parts)
         if context is None:
-            core = self._attend(own, rope)
+            return _turned(own, shared)
+        names = ("add_q_proj", "add_k_proj", "add_v_proj")
+        added = self._heads(attn, "context", context, names, ("norm_added_q", "norm_added_k"), parts)
+        pairs = zip(added, own, strict=True) if self.text_first else zip(own, added, strict=True)
+        start = 0 if self.text_first else x.shape[1]
+        return _turned([torch.cat(pair, dim=1) for pair in pairs], shared, (start, start + context.shape[1]))
+
+    def out(self, attn: Any, core: Tensor, heads: Heads, parts: Parts) -> Tensor:
+        """See `RowAttention`; of both streams, text first."""
+        core = core.transpose(1, 2).flatten(2)
+        if heads.text is None:
             if not hasattr(attn, "to_out"):  # the block projects it, beside its MLP
                 return core
             alone: Tensor = attn.to_out[0](core)
             self._adapt("core", core, {"to_out.0": alone}, parts)
             return alone
-        names = ("add_q_proj", "add_k_proj", "add_v_proj")
-        added = self._heads(attn, "context", context, names, ("norm_added_q", "norm_added_k"), parts)
-        pairs = zip(added, own, strict=True) if self.text_first else zip(own, added, strict=True)
-        core = self._attend([torch.cat(pair, dim=1) for pair in pairs], rope)
-        length = context.shape[1]
-        if self.text_first:
-            text, image = core[:, :length], core[:, length:]
-        else:
-            image, text = core[:, :-length], core[:, -length:]
-        image, text = image.contiguous(), text.contiguous()
+        start, stop = heads.text
+        text = core[:, start:stop].contiguous()
+        image = (core[:, stop:] if start == 0 else core[:, :start]).contiguous()
         out = attn.to_out[0](image)
         self._adapt("core", image, {"to_out.0": out}, parts)
         if getattr(attn, "to_add_out", None) is None:  # the last block's, of which the text is not wanted
@@ -122,7 +80,7 @@ class JointAttention(RowAttention):
         return torch.cat([text_out, out], dim=1)
 
     def _heads(
-        self, attn: Any, source: Any, x: Tensor, names: Sequence[str], norms: Sequence[str], parts: tuple[Segment, ...]
+        self, attn: Any, source: Any, x: Tensor, names: Sequence[str], norms: Sequence[str], parts: Parts
     ) -> list[Tensor]:
         """Query, key and value [rows, tokens, heads, head_dim]."""
         outs = {name: getattr(attn, name)(x) for name in names}
@@ -131,31 +89,11 @@ class JointAttention(RowAttention):
         norm_q, norm_k = (getattr(attn, name, None) for name in norms)
         return [query if norm_q is None else norm_q(query), key if norm_k is None else norm_k(key), value]
 
-    @staticmethod
-    def _attend(qkv: Sequence[Tensor], rope: Rope | None, mask: Tensor | None = None) -> Tensor:
-        """The core [rows, tokens, heads * head_dim] of query, key and value [rows, tokens, heads, head_dim]."""
-        query, key, value = qkv
-        if rope is not None:
-            query = apply_rotary_emb(query, rope, sequence_dim=1)
-            key = apply_rotary_emb(key, rope, sequence_dim=1)
-        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        core = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return core.transpose(1, 2).flatten(2)
-
 
 class ImageFirstAttention(JointAttention):
     """The same with the image's tokens first, as diffusers' `JointAttnProcessor2_0` has them."""
 
     text_first = False
-
-
-class ImageAttention(JointAttention):
-    """Image tokens among themselves, beside a joint attention that is the block's site: computed in every step."""
-
-    def _run(
-        self, attn: Any, image: Tensor, text: Tensor | None, rope: Rope | None, rows: AttentionRows | None
-    ) -> Tensor:
-        return self._both(attn, image, text, rope, () if rows is None else rows.segments)
 
 
 class FusedAttention(JointAttention):
@@ -169,20 +107,22 @@ class FusedAttention(JointAttention):
         image_rotary_emb: Rope | None = None,
         rows: AttentionRows | None = None,
     ) -> Tensor:
-        out = super().__call__(attn, hidden_states, None, attention_mask, image_rotary_emb, rows)
-        assert isinstance(out, Tensor)  # noqa: S101
-        return out
+        return self.run(attn, (hidden_states,), image_rotary_emb, rows)
 
-    def _both(
-        self, attn: Any, x: Tensor, context: Tensor | None, rope: Rope | None, parts: tuple[Segment, ...]
-    ) -> Tensor:
+    def project(self, attn: Any, given: Given, shared: Any, parts: Parts) -> Heads:
+        """See `RowAttention`; beside the heads, the MLP's input."""
+        x = given[0]
+        assert x is not None  # noqa: S101
         projected = attn.to_qkv_mlp_proj(x)
         self._adapt("hidden", x, {"to_qkv_mlp_proj": projected}, parts)
         width = attn.inner_dim
         *qkv, mlp = projected.split([width, width, width, projected.shape[-1] - 3 * width], dim=-1)
         query, key, value = (t.unflatten(-1, (-1, attn.head_dim)) for t in qkv)
-        core = self._attend((attn.norm_q(query), attn.norm_k(key), value), rope)
-        joined = torch.cat([core, attn.mlp_act_fn(mlp)], dim=-1)
+        return _turned((attn.norm_q(query), attn.norm_k(key), value), shared, beside=mlp)
+
+    def out(self, attn: Any, core: Tensor, heads: Heads, parts: Parts) -> Tensor:
+        """See `RowAttention`."""
+        joined = torch.cat([core.transpose(1, 2).flatten(2), attn.mlp_act_fn(heads.beside)], dim=-1)
         out: Tensor = attn.to_out(joined)
         self._adapt("core", joined, {"to_out": out}, parts)
         return out
@@ -200,34 +140,28 @@ class ComplexRotaryAttention(JointAttention):
         freqs_cis: Tensor | None = None,
         rows: AttentionRows | None = None,
     ) -> Tensor:
-        run = self._outside_graphs if torch.compiler.is_compiling() and rows is not None else self._rotated
-        out: Tensor = run(attn, hidden_states, attention_mask, freqs_cis, rows)
-        return out
+        return self.run(attn, (hidden_states, freqs_cis, attention_mask), None, rows)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _outside_graphs(self, *arguments: Any) -> Tensor:
-        return self._rotated(*arguments)
+    def project(self, attn: Any, given: Given, shared: Any, parts: Parts) -> Heads:
+        """See `RowAttention`."""
+        x, rotations, mask = given
+        assert x is not None  # noqa: S101
+        assert rotations is not None  # noqa: S101
+        query, key, value = self._heads(attn, "hidden", x, QKV, ("norm_q", "norm_k"), parts)
+        query, key, value = (t.transpose(1, 2) for t in (_rotate(query, rotations), _rotate(key, rotations), value))
+        return Heads(query, key, value, None if mask is None else mask[:, None, None])
 
-    def _rotated(
-        self, attn: Any, x: Tensor, mask: Tensor | None, rotations: Tensor | None, rows: AttentionRows | None
-    ) -> Tensor:
-        def compute(positions: Sequence[int], parts: tuple[Segment, ...]) -> Tensor:
-            given = [x, rotations, mask]
-            if len(positions) < len(x):
-                assert rows is not None  # noqa: S101
-                assert rows.places is not None  # noqa: S101
-                given = [None if t is None else rows.places.take(t, positions) for t in given]
-            hidden, turns, seen = given
-            assert hidden is not None  # noqa: S101
-            assert turns is not None  # noqa: S101
-            qkv = self._heads(attn, "hidden", hidden, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), parts)
-            qkv = [_rotate(qkv[0], turns), _rotate(qkv[1], turns), qkv[2]]
-            core = self._attend(qkv, None, None if seen is None else seen[:, None, None])
-            out: Tensor = attn.to_out[0](core)
-            self._adapt("core", core, {"to_out.0": out}, parts)
-            return out
 
-        return by_rows(rows, len(x), compute)
+def _turned(
+    qkv: Sequence[Tensor], rope: Rope | None, text: tuple[int, int] | None = None, beside: Tensor | None = None
+) -> Heads:
+    """Query, key and value [rows, tokens, heads, head_dim] at their rotary positions."""
+    query, key, value = qkv
+    if rope is not None:
+        query = apply_rotary_emb(query, rope, sequence_dim=1)
+        key = apply_rotary_emb(key, rope, sequence_dim=1)
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    return Heads(query, key, value, None, text, beside)
 
 
 def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
@@ -236,24 +170,15 @@ def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotations.unsqueeze(2)).flatten(3).type_as(x)
 
 
-def _stub(cls: type[JointAttention]) -> Callable[[], None]:
-    """Stands for the bound `__call__` when diffusers asks, at every call, which arguments it takes."""
-
-    def called() -> None: ...
-
-    called.__signature__ = inspect.signature(cls.__call__.__get__(object()))  # type: ignore[attr-defined]
-    return called
-
-
-def install_joint(network: nn.Module, choose: Callable[[str, str], type[JointAttention] | None]) -> None:
-    """Give every attention of a freshly loaded network its processor, chosen by its path and diffusers' processor.
+def install_joint(network: nn.Module, choose: Callable[[str], type[JointAttention] | None]) -> None:
+    """Give every attention of a freshly loaded network its processor, chosen by diffusers' processor.
 
     Raises `ModelLoadError` for one that is not understood: for which None is chosen.
     """
     for path, module in network.named_modules():
         if not (isinstance(module, Attention) or hasattr(module, "set_processor")):
             continue
-        kind = choose(path, type(module.processor).__name__)
+        kind = choose(type(module.processor).__name__)
         if kind is None or getattr(module, "fused_projections", False):
             raise ModelLoadError(f"{path}: {type(module.processor).__name__} is not supported")
         module.set_processor(kind(path))

@@ -9,15 +9,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.networks import joint_block
 from models.networks.attention import AttentionRows
 from models.networks.gated_blocks import BlockInputs
 from models.networks.joint_attention import Rope, Streams
+from models.networks.joint_block import JointBegun
 from models.networks.sites import JointSites
 from models.networks.transformer import POSITION_BYTES, Transformer
 
@@ -49,7 +51,7 @@ class Positions:
 
 
 class JointTransformer(Transformer):
-    """Joint blocks, then single ones. Subclasses say how each is called."""
+    """Joint blocks, then parallel ones over both streams as one. Subclasses say how each begins."""
 
     def __init__(self, module: Any, joint: Sequence[nn.Module], single: Sequence[nn.Module], sites: JointSites) -> None:
         blocks = [*joint, *single]
@@ -65,22 +67,52 @@ class JointTransformer(Transformer):
         """See `Transformer`."""
         return block < self.joint_blocks
 
+    def modulated(self, number: int, h: Tensor, inputs: BlockInputs) -> Tensor:
+        """See `Transformer`; of the image's tokens, as in TeaCache's own code."""
+        if number >= self.joint_blocks:
+            raise NotImplementedError("a gate on modulated inputs sits in front of the first block")
+        return self.begun(self.blocks[number], self._streams(h, inputs), inputs).image.attended
+
     def block(self, number: int, h: Tensor, inputs: BlockInputs, attention: AttentionRows | None) -> Tensor:
         """See `Transformer`."""
-        options: dict[str, Any] = {} if attention is None else {"rows": attention}
+        one, layout = self.blocks[number], inputs.shared
         if number >= self.joint_blocks:
-            return self.single(self.blocks[number], h, inputs, options)
+            batch = attention and replace(attention, text=(0, layout.text))
+            return self.single(one, number, h, inputs, batch)
+        streams = self._streams(h, inputs)
+        start = self.begun(one, streams, inputs)
+        image, text = joint_block.run(one, number, streams, start, layout.rope, attention)
+        return torch.cat([text, image], dim=1)
+
+    def _streams(self, h: Tensor, inputs: BlockInputs) -> Streams:
         text = inputs.shared.text
-        image_out, text_out = self.joint(self.blocks[number], h[:, text:], h[:, :text], inputs, options)
-        return torch.cat([text_out, image_out], dim=1)
+        return h[:, text:], h[:, :text]
 
     @abstractmethod
-    def joint(self, block: Any, image: Tensor, text: Tensor, inputs: BlockInputs, options: dict[str, Any]) -> Streams:
-        """One joint block; `options` are for its attention."""
+    def begun(self, block: Any, streams: Streams, inputs: BlockInputs) -> JointBegun:
+        """What a joint block makes of its streams and of time."""
 
-    def single(self, block: Any, h: Tensor, inputs: BlockInputs, options: dict[str, Any]) -> Tensor:
-        """One single block over both streams."""
+    def single(self, block: Any, number: int, h: Tensor, inputs: BlockInputs, batch: AttentionRows | None) -> Tensor:
+        """One parallel block over both streams h [rows, tokens, dim]."""
         raise NotImplementedError
+
+
+def joint_sites(
+    module: Any, channels: int, patch_size: int, modules: Sequence[Sequence[str]], **options: Any
+) -> JointSites:
+    """What a diffusers transformer of this kind declares; `modules` are those of each block."""
+    config = module.config
+    return JointSites(
+        channels,
+        len(modules),
+        patch_size,
+        module.inner_dim,
+        int(config.num_attention_heads),
+        int(config.attention_head_dim),
+        frozenset({"modulated"}),
+        modules=tuple(map(frozenset, modules)),
+        **options,
+    )
 
 
 def pack(x: Tensor, patch: int = 2) -> Tensor:

@@ -22,6 +22,11 @@ def attention(number: int) -> Site:
     return Site("attention", number)
 
 
+def image_attention(number: int) -> Site:
+    """The attention of image tokens among themselves beside the joint one of transformer block `number`."""
+    return Site("image_attention", number)
+
+
 def cross_attention(number: int) -> Site:
     """The cross-attention of transformer block `number`."""
     return Site("cross_attention", number)
@@ -32,7 +37,7 @@ def feed_forward(number: int) -> Site:
     return Site("feed_forward", number)
 
 
-MODULES = ("attention", "cross_attention", "feed_forward")
+MODULES = ("attention", "image_attention", "cross_attention", "feed_forward")
 """Kinds of the sites inside a block, in the order in which they run."""
 
 
@@ -82,7 +87,7 @@ class UNetSites:
 
 @dataclass(frozen=True, slots=True)
 class TransformerSites:
-    """A sequence of blocks with a self-attention each. Parts 3k, 3k + 1, 3k + 2 are the modules of block k."""
+    """A sequence of blocks with a self-attention each. Parts 4k to 4k + 3 are the `MODULES` that block k may have."""
 
     latent_channels: int
     depth: int
@@ -94,14 +99,14 @@ class TransformerSites:
 
     def span(self, site: Site) -> Span:
         """See `Sites`."""
-        start, stop = site.start, site.stop
+        start, stop, parts = site.start, site.stop, len(MODULES)
         if site == OUTPUT:
-            return 0, 3 * self.depth
+            return 0, parts * self.depth
         if site.kind in MODULES and 0 <= start < self.depth:
-            part = 3 * start + MODULES.index(site.kind)
+            part = parts * start + MODULES.index(site.kind)
             return part, part + 1
         if site.kind == "blocks" and stop is not None and 0 <= start < stop <= self.depth:
-            return 3 * start, 3 * stop
+            return parts * start, parts * stop
         raise KeyError(f"{site}: this network has blocks 0..{self.depth} with an attention each")
 
     def remembers(self, site: Site) -> Kind:
@@ -131,27 +136,42 @@ class TransformerSites:
 
 @dataclass(frozen=True, slots=True)
 class JointSites(TransformerSites):
-    """Blocks over text and image tokens together; every feature is of both. `text_tokens` is the longest prompt, and
-    image tokens come in multiples of `multiple`.
+    """Blocks over text and image tokens together; what is remembered is of both, but for what the image's tokens give
+    among themselves. `text_tokens` is the longest prompt; both kinds come in multiples of `multiple`.
 
-    An attention can be recalled, but not shared with the unconditional row, whose text is another, nor windowed: bands
-    are of image tokens alone, and here every token attends to the text as well.
+    `modules` says what each block has. From block `parallel` on, attention and feed-forward run side by side and end in
+    one projection: its result is the feed-forward's, which so contains the attention.
+
+    An attention can be recalled, or banded among the image's tokens while all see the text, but not shared with the
+    unconditional row, whose text is another.
     """
 
     text_tokens: int = 0
     multiple: int = 1
-    probes_image: bool = True
-    """Whether gates look at the image's tokens alone."""
+    modules: tuple[frozenset[str], ...] = ()
+    parallel: int | None = None
+
+    def span(self, site: Site) -> Span:
+        """See `Sites`."""
+        start, stop = TransformerSites.span(self, site)
+        if site.kind == "feed_forward" and self.parallel is not None and site.start >= self.parallel:
+            return stop - len(MODULES), stop
+        return start, stop
 
     def understands(self, site: Site) -> frozenset[str]:
         """See `Sites`."""
-        found = TransformerSites.understands(self, site)
-        return found & {"recall"} if site.kind == "attention" else found
+        if site.kind not in MODULES:
+            return TransformerSites.understands(self, site)
+        if not 0 <= site.start < self.depth or site.kind not in self.modules[site.start]:
+            return frozenset()
+        return frozenset({"recall", "window"} if site.kind == "attention" else {"recall"})
 
     def shape(self, feature: Feature, height: int, width: int) -> tuple[int, ...]:
-        """See `Sites`."""
+        """See `Sites`; gates look at the image's own tokens."""
         if feature.site == OUTPUT:
             return self.latent_channels, height, width
-        tokens = (height // self.patch_size) * (width // self.patch_size)
-        text = 0 if feature.kind == "probe" and self.probes_image else self.text_tokens
-        return tokens + -tokens % self.multiple + text, self.dim
+        image = (height // self.patch_size) * (width // self.patch_size)
+        if feature.kind == "probe" or feature.site.kind == "image_attention":
+            return image, self.dim
+        tokens = sum(count + -count % self.multiple for count in (image, self.text_tokens))
+        return (self.heads, tokens, self.head_dim) if feature.kind == "residual" else (tokens, self.dim)

@@ -8,27 +8,23 @@ are one slice; where ranges leave gaps, they are gathered.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
-from models.networks import dit_block
 from models.networks.attention import AttentionRows
 from models.networks.gated_blocks import BlockInputs, run_gated
 from models.networks.gating import gates_of
-from models.networks.sites import TransformerSites, attention, cross_attention, feed_forward
+from models.networks.modules import touches
+from models.networks.sites import MODULES, attention
 from models.reuse.plans import RowPlan
 from models.reuse.rows import Conditioning, Places, Row, kept, put, segments
 from models.reuse.sites import Feature, Site, Sites
 from models.reuse.store import FeatureStore
 
-_BLOCK_INPUTS = ("timestep", "class_labels", "encoder_hidden_states", "encoder_attention_mask")
 POSITION_BYTES = 64 * 2**20
 """Position tables of other sizes than the native one that are kept on the device, least recently used first to go."""
 
@@ -159,101 +155,6 @@ class Transformer(ABC):
         return out
 
 
-class DiT(Transformer):
-    """A diffusers `DiTTransformer2DModel` or `PixArtTransformer2DModel`."""
-
-    def __init__(self, module: Any) -> None:
-        self.by_class = not hasattr(module, "adaln_single")  # conditioned on a class, in every block
-        sites = TransformerSites(
-            int(module.config.in_channels),
-            len(module.transformer_blocks),
-            int(module.config.patch_size),
-            int(module.config.num_attention_heads * module.config.attention_head_dim),
-            int(module.config.num_attention_heads),
-            int(module.config.attention_head_dim),
-            offers=frozenset({"modulated", "feed_forward", *(() if self.by_class else ("cross_attention",))}),
-        )
-        attentions = [block.attn1 for block in module.transformer_blocks]
-        super().__init__(module, module.transformer_blocks, attentions, sites)
-        self._positions: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-
-    def begin(
-        self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]
-    ) -> tuple[Tensor, BlockInputs, Tensor]:
-        """See `Transformer`."""
-        h = self.embed(x)
-        return (h, *self.conditions(h, t, conditioning))
-
-    def end(self, h: Tensor, inputs: BlockInputs, embedded: Tensor, size: tuple[int, int]) -> Tensor:
-        """See `Transformer`."""
-        return unpatchify(self._head(h, inputs, embedded), size, self.module.config.patch_size)
-
-    def block(self, number: int, h: Tensor, inputs: BlockInputs, attention: AttentionRows | None) -> Tensor:
-        """See `Transformer`."""
-        if attention is not None and attention.modules:
-            return dit_block.run(self.blocks[number], number, h, inputs, attention)
-        kwargs = None if attention is None else {"rows": attention}
-        out: Tensor = self.blocks[number](h, attention_mask=None, cross_attention_kwargs=kwargs, **inputs.rows)
-        return out
-
-    def modulated(self, number: int, h: Tensor, inputs: BlockInputs) -> Tensor:
-        """See `Transformer`."""
-        return dit_block.begin(self.blocks[number], h, inputs).attended
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Latents to tokens [rows, tokens, dim], with the position embedding of their size."""
-        patches = self.module.pos_embed
-        size = (x.shape[-2] // patches.patch_size, x.shape[-1] // patches.patch_size)
-        h = patches.proj(x).flatten(2).transpose(1, 2)
-        out: Tensor = (h + self._position(size, x.device)).to(h.dtype)
-        return out
-
-    def _position(self, size: tuple[int, int], device: torch.device) -> Tensor:
-        """The position table of a size [1, tokens, dim]: the network's own for its native one, others made and kept."""
-        patches = self.module.pos_embed
-        if size == (patches.height, patches.width):
-            native: Tensor = patches.pos_embed
-            return native
-        if size not in self._positions:
-            table = get_2d_sincos_pos_embed(
-                patches.pos_embed.shape[-1],
-                size,
-                base_size=patches.base_size,
-                interpolation_scale=patches.interpolation_scale,
-                device=device,
-                output_type="pt",
-            )
-            self._positions[size] = table.float().unsqueeze(0)
-        self._positions.move_to_end(size)
-        while len(self._positions) > 1 and sum(t.nbytes for t in self._positions.values()) > POSITION_BYTES:
-            self._positions.popitem(last=False)
-        return self._positions[size]
-
-    def conditions(self, h: Tensor, t: Tensor, given: Conditioning) -> tuple[BlockInputs, Tensor]:
-        """What every block takes, and what the head takes, from times and conditioning."""
-        if self.by_class:
-            labels = given["class_labels"]
-            embedded = self.blocks[0].norm1.emb(t, labels, hidden_dtype=h.dtype)  # type: ignore[operator, union-attr]
-            return BlockInputs(dict(zip(_BLOCK_INPUTS, (t, labels, None, None), strict=True))), embedded
-        added = {k: given.get(k) for k in ("resolution", "aspect_ratio")}
-        timestep, embedded = self.module.adaln_single(t, added, batch_size=len(h), hidden_dtype=h.dtype)
-        context = given["encoder_hidden_states"]
-        if self.module.caption_projection is not None:
-            context = self.module.caption_projection(context).view(len(h), -1, h.shape[-1])
-        mask = given.get("encoder_attention_mask")
-        if mask is not None:
-            mask = ((1 - mask.to(h.dtype)) * -10000.0).unsqueeze(1)  # [rows, 1, text_tokens]
-        return BlockInputs(dict(zip(_BLOCK_INPUTS, (timestep, None, context, mask), strict=True))), embedded
-
-    def _head(self, h: Tensor, inputs: BlockInputs, embedded: Tensor) -> Tensor:
-        dit = self.module
-        if self.by_class:
-            shift, scale = dit.proj_out_1(F.silu(embedded)).chunk(2, dim=1)
-            return dit.proj_out_2(dit.norm_out(h) * (1 + scale[:, None]) + shift[:, None])  # type: ignore[no-any-return]
-        shift, scale = (dit.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
-        return dit.proj_out(dit.norm_out(h) * (1 + scale) + shift)  # type: ignore[no-any-return]
-
-
 def unpatchify(h: Tensor, size: tuple[int, int], patch: int) -> Tensor:
     """Tokens [rows, tokens, patch² * channels], channels last, to [rows, channels, height, width]."""
     height, width = size
@@ -281,14 +182,9 @@ def _zone(plan: RowPlan) -> tuple[int, int]:
 
 def attention_rows(rows: Sequence[Row], block: int, store: FeatureStore, places: Places) -> AttentionRows | None:
     """What the modules of a block need to know of its rows; None where all is plain."""
-    site, others = attention(block), (cross_attention(block), feed_forward(block))
-    special = any(_touches(row.plan, site) for row in rows)
-    modules = any(_touches(row.plan, other) for other in others for row in rows)
+    site, others = attention(block), [Site(kind, block) for kind in MODULES if kind != "attention"]
+    special = any(touches(row.plan, site) for row in rows)
+    modules = any(touches(row.plan, other) for other in others for row in rows)
     if special or modules:
         return AttentionRows(rows, segments(rows), site if special else None, store, places, modules)
     return AttentionRows(rows, segments(rows)) if any(row.lora is not None for row in rows) else None
-
-
-def _touches(plan: RowPlan, site: Site) -> bool:
-    """Whether a row reuses or remembers anything of a module."""
-    return site in plan.reads or Feature(site, "value") in plan.keep or any(f.site == site for f in plan.keep)

@@ -28,15 +28,22 @@ def _mask(q0: int, q1: int, k0: int, k1: int, window: int, device: torch.device)
     return (queries - keys).abs() <= window  # [q1 - q0, k1 - k0]
 
 
-def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+def window_attention(
+    query: Tensor, key: Tensor, value: Tensor, window: int, text: tuple[int, int] = (0, 0), mask: Tensor | None = None
+) -> Tensor:
     """Attention of [rows, heads, tokens, dim] in a band of 2 * window + 1 keys; the same shape comes back.
 
-    On CUDA in half precision this is torch's variable-length flash attention with its own window; elsewhere scaled
-    dot-product attention over slices of queries, each with the keys its band reaches.
+    Tokens [start, stop) of `text`, at one end, see all and are seen by all (the arrow of DiTFastAttnV2,
+    arXiv:2503.22796). `mask` [rows, 1, 1, tokens] is true for keys that count.
+
+    On CUDA in half precision this is torch's variable-length flash attention with its own window; elsewhere, and with
+    text, scaled dot-product attention over slices of queries, each with the keys its band reaches.
     """
-    tokens = query.shape[2]
-    if window >= tokens - 1:
-        return F.scaled_dot_product_attention(query, key, value)
+    tokens, (start, stop) = query.shape[2], text
+    if window >= tokens - (stop - start) - 1:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    if start < stop:
+        return _arrow(query, key, value, window, text, mask)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return _flash_window(query, key, value, window)
     out = [
@@ -49,6 +56,26 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> 
         for q0, q1, k0, k1 in chunks(tokens, window)
     ]
     return torch.cat(out, dim=2)
+
+
+def _arrow(
+    query: Tensor, key: Tensor, value: Tensor, window: int, text: tuple[int, int], mask: Tensor | None
+) -> Tensor:
+    """In a band among the image's tokens, and between these and the text in full."""
+    start, stop = text
+    first = stop if start == 0 else 0  # of the image's tokens
+    seen = key.new_ones(1, 1, 1, key.shape[2], dtype=torch.bool) if mask is None else mask
+    out = []
+    for q0, q1, k0, k1 in chunks(query.shape[2] - (stop - start), window):
+        keys, values, counted = (
+            torch.cat([t.narrow(dim, start, stop - start), t.narrow(dim, first + k0, k1 - k0)], dim)
+            for t, dim in ((key, 2), (value, 2), (seen, 3))
+        )
+        band = F.pad(_mask(0, q1 - q0, k0 - q0, k1 - q0, window, query.device), (stop - start, 0), value=True)
+        queries = query[:, :, first + q0 : first + q1]
+        out.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=band & counted))
+    words = F.scaled_dot_product_attention(query[:, :, start:stop], key, value, attn_mask=mask)
+    return torch.cat([words, *out] if start == 0 else [*out, words], dim=2)
 
 
 def _flash_window(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:

@@ -8,79 +8,71 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
+from torch import Tensor
 
-from models import Backbone, Request, advance, generate, load
-from models.accelerators import Accelerator, CfgStudent, DiTFastAttn
+from models import Backbone, Request, generate, load
+from models.accelerators import (
+    Accelerator,
+    CfgStudent,
+    DiTFastAttn,
+    FirstBlockCache,
+    MagCache,
+    TaylorSeer,
+    TeaCache,
+)
 from models.adapters.lora import WEIGHT_NAME
+from models.denoise import Tick
 from models.errors import ModelLoadError, NoProfile, PlanMismatch, WrongBackbone
 from models.generate import start
-from models.networks.sites import attention, blocks
 from models.resolve import resolve
-from models.reuse.gates import Gate
-from models.reuse.plans import Gated, Recall, StepPlan
 from models.search.attention_search import search_plan
 from models.search.proposals import caches
 from models.training import distill
-from models.trajectory import Trajectory
+from models.trajectory import Trajectory, effective_steps
+from tests.integration.test_mixed import distance
 from tests.serving import aio, pixels, serving
 
 Backbones = Callable[..., Backbone]
 PROMPT = "a large red circle"
-DEPTH = 4
 
 
-class FirstBlock(Accelerator):
-    """All blocks behind the first are reused while what it adds has changed little."""
-
-    mode: Literal["first_block"] = "first_block"
-    threshold: float
-    claims: ClassVar[frozenset[str]] = frozenset({"cached"})
-
-    def plan(self, step: int, num_steps: int) -> StepPlan:
-        return StepPlan({blocks(1, DEPTH): Gated(Gate(self.threshold, pair="mean"))})
-
-
-class Taylor(Accelerator):
-    """Every attention is foretold between computed steps."""
-
-    mode: Literal["taylor"] = "taylor"
-    order: int
-    interval: int
-    warmup: int
-    claims: ClassVar[frozenset[str]] = frozenset({"cached"})
-
-    def plan(self, step: int, num_steps: int) -> StepPlan:
-        if step < self.warmup or (step - self.warmup - 1) % self.interval == 0:
-            return StepPlan()
-        return StepPlan({attention(k): Recall(self.order, "taylor") for k in range(DEPTH)})
-
-
-def run(backbone: Backbone, accelerator: Accelerator, **options: Any) -> Trajectory:
-    request = Request(prompt=PROMPT, seed=4, acceleration=accelerator, **options)
+def run(backbone: Backbone, accelerator: Accelerator, **options: Any) -> tuple[list[Tensor], Trajectory]:
+    """Each step's prediction of the conditional row, as its pipeline packs it, and the run."""
+    request = Request(**{"prompt": PROMPT, "seed": 4, "acceleration": accelerator, **options})
     [trajectory] = start(backbone, resolve(backbone.spec, backbone.scheduler_config, request))
+    seen = []
     while not trajectory.done:
-        advance(backbone, [trajectory])
-    return trajectory
+        rows = [(row, trajectory) for row in trajectory.rows()]
+        tick = Tick(backbone, [trajectory], rows)
+        out = tick.forward()
+        seen.append(packed(out[[row.role for row, _ in tick.rows].index("conditional")][None].clone()))
+        tick.step(out)
+    return seen, trajectory
 
 
-def hooked(pipeline: Any, config: Any, **options: Any) -> tuple[torch.Tensor, int]:
-    """Final latents of the pipeline under a hook of diffusers, and how often its last block ran."""
+def hooked(pipeline: Any, config: Any, counted: str, **options: Any) -> tuple[list[Tensor], Tensor, int]:
+    """Each step's prediction for the prompt of the pipeline under a hook of diffusers, its final latents, and how often
+    a module ran."""
     pipeline = copy.deepcopy(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.enable_cache(config)
     ran: list[int] = []
-    pipeline.transformer.single_transformer_blocks[1].proj_out.register_forward_hook(lambda *_: ran.append(0))
+    seen: list[Tensor] = []
+    pipeline.transformer.get_submodule(counted).register_forward_hook(lambda *_: ran.append(0))
+    pipeline.transformer.register_forward_hook(lambda module, args, out: seen.append(out[0].clone()))
     generator = torch.Generator().manual_seed(4)
     found = pipeline(PROMPT, generator=generator, max_sequence_length=24, output_type="latent", **options).images
-    return found, len(ran)
+    rows = 2 if "true_cfg_scale" in options else 1  # the prompt's forward, then the negative one's
+    return seen[::rows], found, len(ran) // rows
 
 
 def packed(latents: torch.Tensor) -> torch.Tensor:
@@ -88,33 +80,130 @@ def packed(latents: torch.Tensor) -> torch.Tensor:
     return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, 4 * c)
 
 
-OPTIONS: dict[str, Any] = {"width": 32, "height": 24, "num_inference_steps": 9, "guidance_scale": 3.0}
+def check(
+    ours: tuple[list[Tensor], Trajectory], theirs: tuple[list[Tensor], Tensor, int], tolerance: float = 1e-7
+) -> int:
+    """Hold both against each other, step by step; how many steps were skipped."""
+    (found, trajectory), (expected, latents, ran) = ours, theirs
+    assert len(found) == len(expected) == STEPS
+    for step in range(STEPS):
+        assert distance(found[step], expected[step]) <= tolerance, step
+    assert distance(packed(trajectory.latents), latents) <= tolerance
+    skipped = sum(row.reduced for step in effective_steps(trajectory) for row in step if row is step.conditional)
+    assert STEPS - skipped == ran
+    return skipped
 
 
-def test_equals_diffusers_first_block_cache(backbone_of: Backbones, pipeline_of: Callable[..., Any]) -> None:
-    backbone, mixed = backbone_of("flux-dev"), 0
-    for threshold in (0.1, 0.2, 0.3, 0.45, 0.6):
-        expected, ran = hooked(pipeline_of("flux-dev"), FirstBlockCacheConfig(threshold=threshold), **OPTIONS)
-        ours = run(backbone, FirstBlock(threshold=threshold), **OPTIONS)
-        skipped = sum(blocks(1, DEPTH) in step.conditional.reads for step in ours.ran.values() if step.conditional)
-        assert 9 - skipped == ran
-        assert float((packed(ours.latents) - expected).abs().max()) < 1e-5
-        mixed += 0 < skipped < 8
-    assert mixed >= 2
+STEPS = 9
+OPTIONS: dict[str, Any] = {"width": 32, "height": 24, "num_inference_steps": STEPS, "guidance_scale": 3.0}
+GUIDED: dict[str, Any] = {**OPTIONS, "true_cfg_scale": 2.0, "negative_prompt": "blue"}
+LAST = "single_transformer_blocks.1.proj_out"
 
 
-@pytest.mark.parametrize(("order", "interval"), [(1, 3), (2, 3), (0, 2)])
-def test_equals_diffusers_taylorseer(
-    order: int, interval: int, backbone_of: Backbones, pipeline_of: Callable[..., Any]
+@pytest.mark.parametrize("threshold", [0.3, 0.45, 0.6])
+def test_equals_diffusers_first_block_cache(
+    threshold: float, backbone_of: Backbones, pipeline_of: Callable[..., Any]
 ) -> None:
-    config = TaylorSeerCacheConfig(
-        cache_interval=interval, disable_cache_before_step=3, max_order=order, taylor_factors_dtype=torch.float32
+    theirs = hooked(pipeline_of("flux-dev", torch.float64), FirstBlockCacheConfig(threshold=threshold), LAST, **OPTIONS)
+    ours = run(backbone_of("flux-dev", torch.float64), FirstBlockCache(threshold=threshold), **OPTIONS)
+    assert 0 < check(ours, theirs) < STEPS - 1
+
+
+@pytest.mark.parametrize("options", [OPTIONS, GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("settings", [{}, {"threshold": 0.4, "max_skips": 2, "retention": 0.3}], ids=["usual", "more"])
+def test_equals_diffusers_magcache(
+    settings: dict[str, Any], options: dict[str, Any], backbone_of: Backbones, pipeline_of: Callable[..., Any]
+) -> None:
+    """Under the ratios that are published for Flux."""
+    names = {"max_skips": "max_skip_steps", "retention": "retention_ratio"}
+    config = MagCacheConfig(
+        mag_ratios=FLUX_MAG_RATIOS,
+        num_inference_steps=STEPS,
+        **{names.get(name, name): value for name, value in settings.items()},
     )
-    expected, _ = hooked(pipeline_of("flux-dev"), config, **OPTIONS)
-    ours = run(backbone_of("flux-dev"), Taylor(order=order, interval=interval, warmup=3), **OPTIONS)
-    plain = generate(backbone_of("flux-dev"), [Request(prompt=PROMPT, seed=4, **OPTIONS)])[0].latents
-    assert float((packed(ours.latents) - expected).abs().max()) < 1e-5
-    assert float((ours.latents - plain).abs().max()) > 1e-4
+    theirs = hooked(pipeline_of("flux-dev", torch.float64), config, LAST, **options)
+    cache = MagCache(ratios=tuple(FLUX_MAG_RATIOS.tolist()), **settings)
+    assert 0 < check(run(backbone_of("flux-dev", torch.float64), cache, **options), theirs) < STEPS - 1
+
+
+@pytest.mark.parametrize("options", [OPTIONS, GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize(("interval", "order", "warmup"), [(3, 2, 2), (2, 1, 1), (2, 0, 3)])
+def test_equals_diffusers_taylorseer(
+    interval: int,
+    order: int,
+    warmup: int,
+    options: dict[str, Any],
+    backbone_of: Backbones,
+    pipeline_of: Callable[..., Any],
+) -> None:
+    """Told every attention and feed-forward; by default diffusers leaves the feed-forwards out."""
+    config = TaylorSeerCacheConfig(
+        cache_interval=interval,
+        disable_cache_before_step=warmup,
+        max_order=order,
+        taylor_factors_dtype=torch.float64,
+        cache_identifiers=[
+            r"transformer_blocks\.\d+\.(attn|ff|ff_context)",
+            r"single_transformer_blocks\.\d+\.proj_out",
+        ],
+    )
+    theirs = hooked(pipeline_of("flux-dev", torch.float64), config, "transformer_blocks.1.ff.net.0", **options)
+    cache = TaylorSeer(order=order, interval=interval, warmup=warmup)
+    assert check(run(backbone_of("flux-dev", torch.float64), cache, **options), theirs) > 1
+
+
+class TeaByHand:
+    """TeaCache as its authors have it for Flux: a pre-hook on the first block, a hook on the last. Nothing is saved,
+    but what is computed and not wanted is thrown away."""
+
+    def __init__(self, transformer: Any, threshold: float) -> None:
+        self._first, self._threshold = transformer.transformer_blocks[0], threshold
+        self._seen: Tensor | None = None
+        self._input = self._effect = torch.empty(0)
+        self._sum, self._skip = 0.0, False
+        self.skipped: list[int] = []
+        self.step = 0
+        self._first.register_forward_pre_hook(self._before, with_kwargs=True)
+        transformer.single_transformer_blocks[-1].register_forward_hook(self._after)
+
+    def _before(self, block: Any, args: Any, given: dict[str, Tensor]) -> None:
+        self._input = given["hidden_states"]
+        now = block.norm1(self._input, emb=given["temb"])[0]
+        if self._seen is not None and self.step < STEPS - 1:
+            change = float((now - self._seen).abs().mean() / self._seen.abs().mean())
+            self._sum += float(np.poly1d(TEA)(change))
+        self._skip = self._seen is not None and self.step < STEPS - 1 and self._sum < self._threshold
+        self._seen = now
+
+    def _after(self, block: Any, args: Any, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        self.skipped += [self.step] if self._skip else []
+        self.step += 1
+        if self._skip:
+            return out[0], self._input + self._effect
+        self._sum, self._effect = 0.0, out[1] - self._input
+        return out
+
+
+TEA = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
+"""Published for Flux."""
+
+
+@pytest.mark.parametrize("threshold", [0.25, 0.6])
+def test_equals_teacache_followed_by_hand(
+    threshold: float, backbone_of: Backbones, pipeline_of: Callable[..., Any]
+) -> None:
+    pipeline = copy.deepcopy(pipeline_of("flux-dev", torch.float64))
+    hand = TeaByHand(pipeline.transformer, threshold)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(4)
+    expected = pipeline(PROMPT, generator=generator, max_sequence_length=24, output_type="latent", **OPTIONS).images
+    _, trajectory = run(
+        backbone_of("flux-dev", torch.float64), TeaCache(threshold=threshold, coefficients=TEA), **OPTIONS
+    )
+    skipped = [i for i, step in enumerate(effective_steps(trajectory)) if step.reduced]
+    assert skipped == hand.skipped
+    assert 0 < len(skipped) < STEPS - 2
+    assert distance(packed(trajectory.latents), expected) <= 1e-7
 
 
 # Adapters on every projection
@@ -207,9 +296,9 @@ def test_a_plan_has_only_what_their_attentions_can_do(backbone_of: Backbones) ->
     backbone = backbone_of("sd3")
     requests = [Request(prompt=PROMPT, seed=1, num_inference_steps=3, scheduler="euler")]
     plan = search_plan(backbone, requests, threshold=5.0)
-    assert {method for row in plan.table for method in row} == {"full", "ast"}
+    assert {method for row in plan.table for method in row} <= {"full", "ast", "wa-rs"}
     generate(backbone, [replace(requests[0], acceleration=[DiTFastAttn(plan=plan)])])
-    for method in ("wa-rs", "asc", "wa-rs+asc"):
+    for method in ("asc", "wa-rs+asc"):
         table = (plan.table[0], (method, *plan.table[1][1:]), plan.table[2])
         other = plan.model_copy(update={"table": table})
         with pytest.raises(PlanMismatch, match=rf"the plan has {re.escape(method)}, which .* cannot do"):
