@@ -100,7 +100,7 @@ def requests(layout: str, backbone: Backbone) -> dict[str, Request]:
     found = {}
     for i, (name, wish) in enumerate(wishes(layout, backbone).items()):
         common = {"prompt": "a red ring" * (1 + 3 * (i % 2)), "seed": 40 + i, "num_inference_steps": STEPS}
-        found[name] = Request(**{**common, "scheduler": "euler", **wish})  # type: ignore[arg-type]
+        found[name] = Request(**{**common, "scheduler": "euler", **wish})
     return found
 
 
