@@ -75,13 +75,13 @@ class JointTransformer(Transformer):
 
     def block(self, number: int, h: Tensor, inputs: BlockInputs, attention: AttentionRows | None) -> Tensor:
         """See `Transformer`."""
-        one, layout = self.blocks[number], inputs.shared
+        one, shared = self.blocks[number], inputs.shared
         if number >= self.joint_blocks:
-            batch = attention and replace(attention, text=(0, layout.text))
+            batch = attention and replace(attention, text=(0, shared.text))
             return self.single(one, number, h, inputs, batch)
         streams = self._streams(h, inputs)
         start = self.begun(one, streams, inputs)
-        image, text = joint_block.run(one, number, streams, start, layout.rope, attention)
+        image, text = joint_block.run(one, number, streams, start, shared.rope, attention)
         return torch.cat([text, image], dim=1)
 
     def _streams(self, h: Tensor, inputs: BlockInputs) -> Streams:
