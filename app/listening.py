@@ -23,13 +23,14 @@ class CannotListen(SlipstreamError):
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen on every address of a host. Raises `CannotListen`."""
+    """Sockets that listen on every address of a host, all on one port. Raises `CannotListen`."""
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
         raise CannotListen(f"host {host!r} is not known ({error}): choose another with --host") from error
     sockets: list[socket.socket] = []
     missing: OSError | None = None
+    chosen = port
     try:
         for family, kind, protocol, _, address in dict.fromkeys(found):
             try:
@@ -42,7 +43,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             try:
-                one.bind(address)
+                one.bind((address[0], chosen, *address[2:]))
             except OSError as error:
                 if error.errno != errno.EADDRNOTAVAIL:
                     raise
@@ -50,6 +51,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
                 sockets.remove(one)
                 one.close()
                 continue
+            chosen = one.getsockname()[1]  # of port 0: what the first address got, so that all have one
             one.listen(BACKLOG)
             one.setblocking(False)
         if not sockets and missing is not None:

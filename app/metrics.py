@@ -96,6 +96,7 @@ class Metrics:
         self.waiting_bytes = gauge("waiting_bytes", "What unanswered requests keep: uploads, pictures, runs.")
         self.capacity = gauge("queue_capacity", "Requests that may wait.")
         self.body_bytes = gauge("body_bytes", "Bodies of requests that are held.")
+        self.spool_bytes = gauge("spool_bytes", "Files of lines that are being sent, on their way to the store.")
         self.connections = gauge("connections", "Connections that are open.")
         self.dropped = counter(
             "connections_dropped_total", "Connections closed on a client that did not keep to the rules.", "cause"

@@ -115,6 +115,9 @@ class Settings(BaseSettings):
     )
 
     max_file_bytes: int = Field(200 * 2**20, ge=1024, description="Size of a file of lines for a batch.")
+    max_spool_bytes: int = Field(
+        2**30, ge=2**20, description="Files of lines that are being sent, together, on their way to the store."
+    )
     max_batch_lines: int = Field(50_000, ge=1, le=1_000_000, description="Lines of a batch.")
 
     webhook_origins: Names = Field(

@@ -7,7 +7,7 @@ import random
 import resource
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,17 @@ NONSENSE: Sequence[dict[str, Any]] = (
 
 
 async def soak(
-    client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]], seconds: float, clients: int = 12, seed: int = 0
+    client: httpx.AsyncClient,
+    bodies: Sequence[dict[str, Any]],
+    seconds: float,
+    clients: int = 12,
+    seed: int = 0,
+    answered: Callable[[dict[str, Any], httpx.Response], None] = lambda body, answer: None,
 ) -> Counter[str]:
-    """Run closed-loop clients; one in eight leaves early, one in eight sends nonsense. Counts the ends by kind."""
+    """Run closed-loop clients; one in eight leaves early, one in eight sends nonsense. Counts the ends by kind.
+
+    `answered` is given every request that was answered, with its answer.
+    """
     ends: Counter[str] = Counter()
     until = time.monotonic() + seconds
 
@@ -44,6 +52,7 @@ async def soak(
             except asyncio.CancelledError:
                 ends["left"] += 1
                 continue
+            answered(body, answer)
             done = answer.status_code == 200 and (not body["stream"] or "event: completed" in answer.text)
             ends["done" if done else f"{answer.status_code}"] += 1
 

@@ -23,7 +23,7 @@ from models.denoise import advance
 from models.device import Fence, out_of_memory, release_memory
 from models.errors import RequestError
 from models.generate import start
-from models.trajectory import decided, effective_steps
+from models.trajectory import Trajectory, decided, effective_steps
 
 Clock = Callable[[], float]
 
@@ -211,24 +211,32 @@ class Worker:
     def _after(self, lanes: Sequence[Lane]) -> None:
         """Hand over what a tick brought: progress, previews, finished latents."""
         for lane in lanes:
-            trajectory, job = lane.trajectory, lane.job
-            if trajectory is None:  # its job failed with another of its images
+            if lane.trajectory is None:  # its job failed with another of its images
                 continue
-            self._remember(lane, trajectory.memory_bytes())
-            if trajectory.done:
-                self._reserve(lane, 0)
-                self._batcher.discard(lane)
-                if not trajectory.finite():
-                    self._fail(
-                        [lane], NonFinite, "the image ended in NaN or infinity; another seed or scheduler may do"
-                    )
-                    continue
-                self._decoder.add(lane, trajectory.latents)
-                job.timing.denoised = self._clock()
-            elif trajectory.step in job.preview_steps:
-                self._decoder.add(lane, trajectory.preview(), trajectory.step)
+            self._remember(lane, lane.trajectory.memory_bytes())
+            error = attempt(partial(self._hand_over, lane, lane.trajectory))
+            if error is None:
+                continue
+            if out_of_memory(error):
+                self._make_room(self._backbones[lane.job.model])
+                self._fail([lane], OutOfMemory, "the device has not enough memory for this request")
+            else:
+                SERVER.error("what a step made could not be handed over", exc_info=error)
+                self._fail([lane], ForwardFailed, "the model failed on this request")
         for job in {lane.job: None for lane in lanes if lane.started and lane.job.progress}:
             job.post(Progress(job.steps_done, job.total_steps))
+
+    def _hand_over(self, lane: Lane, trajectory: Trajectory) -> None:
+        if trajectory.done:
+            self._reserve(lane, 0)
+            self._batcher.discard(lane)
+            if not trajectory.finite():
+                self._fail([lane], NonFinite, "the image ended in NaN or infinity; another seed or scheduler may do")
+                return
+            self._decoder.add(lane, trajectory.latents)
+            lane.job.timing.denoised = self._clock()
+        elif trajectory.step in lane.job.preview_steps:
+            self._decoder.add(lane, trajectory.preview(), trajectory.step)
 
     def _remember(self, lane: Lane, size: int) -> None:
         if size != lane.feature_bytes:

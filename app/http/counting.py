@@ -13,7 +13,7 @@ from models.device import set_threads
 from models.request import Run
 
 Count = Future[UsageBody]
-COUNT_SECONDS = 10.0
+COUNT_SECONDS = 4.0
 """What an answer waits at most for the count of its MACs; then it goes without.
 
 A size and plan is counted once, in about 0.2 s, mostly while its first request is computed; after that it is looked up.

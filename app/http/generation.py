@@ -66,6 +66,7 @@ class Generation:
     """Of the pictures that came with it, by field."""
     finished: Finished | None = None
     costs: Count = field(init=False)
+    _usage: UsageBody | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.costs = self.counting.begin(partial(self.count, None))
@@ -109,7 +110,7 @@ class Generation:
 
     async def _body(self, images: list[GeneratedImage]) -> GenerationBody:
         timing, run = self.job.timing, self.job.run
-        costs = await self.counting.known(self.costs, run, self.deadline)
+        costs = await self._known()
         return GenerationBody.model_construct(
             id=self.job.id,
             created=int(time.time()),
@@ -140,7 +141,7 @@ class Generation:
                 await self.pool.run(_file, image, self.asked.output_format, self.facts(seed), seed)
                 for image, seed in zip(self.finished.images, self.job.run.seeds, strict=True)
             ]
-        costs = await self.counting.known(self.costs, self.job.run, self.deadline)
+        costs = await self._known()
         for stage, seconds in (
             ("denoise", timing.denoise),
             ("decode", timing.decode),
@@ -152,6 +153,12 @@ class Generation:
             metrics.macs.labels(self.job.model, "computed").inc(costs.macs)
             metrics.macs.labels(self.job.model, "saved").inc(max(0, costs.macs_unaccelerated - costs.macs))
         return files
+
+    async def _known(self) -> UsageBody:
+        """What it costs; what was not counted in time stays unknown."""
+        if self._usage is None:
+            self._usage = await self.counting.known(self.costs, self.job.run, self.deadline)
+        return self._usage
 
     async def preview(self, event: Preview) -> str:
         """A partial image as base64."""

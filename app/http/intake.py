@@ -35,32 +35,34 @@ WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """How zlib is told of the ways to pack a body that are taken."""
 
 
-class Bodies:
-    """The bodies of all requests that are held, in bytes; and the readings that wait for more."""
+class Room:
+    """Bytes that are held for all requests together."""
 
-    def __init__(self, most: int, held: Gauge) -> None:
+    def __init__(self, what: str, most: int, held: Gauge) -> None:
+        self._what = what
         self._most = most
-        self._held = 0
-        self._reading: set[asyncio.Timeout] = set()
-        self.closed = False
-        held.set_function(lambda: self._held)
-
-    @property
-    def held(self) -> int:
-        """Bytes."""
-        return self._held
+        self.held = 0
+        held.set_function(lambda: self.held)
 
     def take(self, count: int) -> None:
         """Hold some more. Raises `Overloaded`."""
-        if self._held + count > self._most:
-            raise Overloaded(
-                f"bodies of {self._held} bytes are held already, of {self._most}", retry_after=RETRY_SECONDS
-            )
-        self._held += count
+        if self.held + count > self._most:
+            message = f"{self._what} of {self.held} bytes are held already, of {self._most}"
+            raise Overloaded(message, retry_after=RETRY_SECONDS)
+        self.held += count
 
     def give(self, count: int) -> None:
         """Let go."""
-        self._held -= count
+        self.held -= count
+
+
+class Bodies(Room):
+    """The bodies of all requests that are held in memory; and the readings that wait for more."""
+
+    def __init__(self, most: int, held: Gauge) -> None:
+        super().__init__("bodies", most, held)
+        self._reading: set[asyncio.Timeout] = set()
+        self.closed = False
 
     def close(self) -> None:
         """The server drains: nobody waits for the rest of a body any more."""
@@ -96,13 +98,15 @@ class Intake:
         bodies: Bodies,
         streamed: Mapping[str, int] | None = None,
     ) -> None:
-        """`streamed` are paths, with the most bytes each takes, whose routes read the body bit by bit themselves."""
+        """`streamed` are paths, with the most bytes each takes, whose routes read the body bit by bit themselves, into
+        a file: such bytes have a limit of their own."""
         self._app = app
         self._most = settings.max_body_bytes
         self._streamed = streamed or {}
         self._pause = settings.body_seconds
         self._metrics = metrics
         self._bodies = bodies
+        self._spool = Room("files", settings.max_spool_bytes, metrics.spool_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with a `receive` that has all of the body at once."""
@@ -110,10 +114,7 @@ class Intake:
             await self._app(scope, receive, send)
             return
         if (most := self._streamed.get(route_path(scope))) is not None:
-            if _declared(scope) <= most:
-                await self._app(scope, self._bit_by_bit(receive, most), send)
-            else:
-                await self._refuse(_too_large(most), scope, receive, send)
+            await self._stream(scope, receive, send, most)
             return
         taken = 0
 
@@ -142,7 +143,24 @@ class Intake:
         if not isinstance(error, ClientGone):
             await answer(error)(scope, receive, send)
 
-    def _bit_by_bit(self, receive: Receive, most: int) -> Receive:
+    async def _stream(self, scope: Scope, receive: Receive, send: Send, most: int) -> None:
+        """Pass a request on whose body goes into a file as it comes; its bytes count until it is answered."""
+        spooled = 0
+
+        def take(count: int) -> None:
+            nonlocal spooled
+            self._spool.take(count)
+            spooled += count
+
+        try:
+            if _declared(scope) > most:
+                await self._refuse(_too_large(most), scope, receive, send)
+            else:
+                await self._app(scope, self._bit_by_bit(receive, most, take), send)
+        finally:
+            self._spool.give(spooled)
+
+    def _bit_by_bit(self, receive: Receive, most: int, take: Callable[[int], None]) -> Receive:
         """A `receive` for a body that is not held: bounded in size and time, until its end. Raises as `_message`."""
         loop = asyncio.get_running_loop()
         began, size, more = loop.time(), 0, True
@@ -158,6 +176,7 @@ class Intake:
             size += len(message.get("body", b""))
             if size > most:
                 raise _too_large(most)
+            take(len(message.get("body", b"")))
             return message
 
         return bit

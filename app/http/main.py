@@ -50,9 +50,9 @@ def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbon
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        if jobs is not None:
-            await jobs.start()
         try:
+            if jobs is not None:
+                await jobs.start()
             yield
         finally:
             engine.drain()

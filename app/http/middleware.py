@@ -25,6 +25,8 @@ ENDPOINTS = ("/generate", "/v1/images/generations", "/v1/images/edits")
 """Routes that are counted, by their path."""
 ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
+CUT_OFF = "Task cancelled, timeout graceful shutdown exceeded"
+"""What uvicorn says to the handlers that it does not wait for, where it runs the app by itself."""
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -82,8 +84,8 @@ class Observe:
 
         try:
             await self._app(scope, receive, observed)
-        except asyncio.CancelledError:
-            if not self._ending():
+        except asyncio.CancelledError as error:
+            if not (self._ending() or CUT_OFF in error.args):
                 record.failed(ClientGone("whoever called cancelled the request"))
                 raise
             # The end of the process, which has nothing to wait for: the client has its answer instead.
@@ -164,10 +166,24 @@ class Head:
             await self._app(scope, receive, send)
             return
 
-        async def bodiless(message: Message) -> None:
-            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+        answered = asyncio.Event()
 
-        await self._app({**scope, "method": "GET"}, receive, bodiless)
+        async def bodiless(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                answered.set()
+
+        answering = asyncio.ensure_future(self._app({**scope, "method": "GET"}, receive, bodiless))
+        waiting = asyncio.ensure_future(answered.wait())
+        try:
+            await asyncio.wait({answering, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                answering.result()
+        finally:  # a body that is streamed may have no end, and is for nobody
+            for task in (answering, waiting):
+                task.cancel()
+            await asyncio.gather(answering, waiting, return_exceptions=True)
 
 
 async def _refuse(error: ServiceError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -19,6 +19,8 @@ from app.http.schemas.requests import OutputFormat
 FORMATS = ("PNG", "JPEG", "WEBP")
 MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 QUALITY = 95
+LONGEST_SIDE: dict[OutputFormat, int] = {"jpeg": 65_500, "webp": 16_383}
+"""Pixels, beyond which the format has no such file; a PNG's side is larger than any picture."""
 
 
 def decode_base64(text: str, field: str = "image") -> bytes:

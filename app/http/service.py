@@ -14,7 +14,7 @@ from app.engine.job import Job
 from app.errors import Impossible, ModelNotFound, ServiceError
 from app.http.counting import Counting, uncounted
 from app.http.generation import Generation, Mailbox
-from app.http.pictures import decode_base64, pixels_of, read, read_as_is
+from app.http.pictures import LONGEST_SIDE, decode_base64, pixels_of, read, read_as_is
 from app.http.pool import Pool
 from app.http.record import Record
 from app.http.schemas.requests import GenerationRequest
@@ -183,12 +183,17 @@ class Service:
         if width * height > limit:
             field = "width" if asked.width is not None else "height"
             raise Impossible(f"{field}: {width}x{height} is more than this server's {limit} pixels", param=field)
+        longest = LONGEST_SIDE.get(asked.output_format, limit)
+        for field, side in {"width": width, "height": height}.items():
+            if side > longest:
+                message = f"{field}: {side} is more than the {longest} of a side of a {asked.output_format}"
+                raise Impossible(message, param=field)
         request = Request(
             prompt=asked.prompt,
             negative_prompt=asked.negative_prompt,
             width=asked.width,
             height=asked.height,
-            num_inference_steps=asked.num_inference_steps,
+            num_inference_steps=self._steps(asked, spec.default_steps),
             guidance_scale=asked.guidance_scale,
             true_cfg_scale=asked.true_cfg_scale,
             seed=random.getrandbits(32) if asked.seed is None else asked.seed,
@@ -208,6 +213,12 @@ class Service:
             outlook = self.engine.outlook(name, len(spec.roles) * asked.num_images, seconds)
         run = resolve(spec, backbone.scheduler_config, request, outlook)
         return run, backbone.group(run)
+
+    def _steps(self, asked: GenerationRequest, usual: int) -> int | None:
+        """As asked for; where nothing is, the model's default as far as the limit goes."""
+        if asked.num_inference_steps is None and usual > self.settings.max_steps and asked.quality is None:
+            return self.settings.max_steps
+        return asked.num_inference_steps
 
     def _note_choice(self, job: Job, record: Record) -> None:
         """Count what `auto` became; the request is known by what it runs from here on."""

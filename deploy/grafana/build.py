@@ -233,6 +233,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             stack=True,
         ),
         Panel(
+            "Held for clients",
+            "What unanswered requests keep, bodies that are being read, files on their way to the store; bounded each.",
+            "bytes",
+            tuple((total(f"slipstream_{what}_bytes"), what) for what in ("waiting", "body", "spool")),
+        ),
+        Panel(
             "Weights",
             "Base models, and the adapters beside them.",
             "bytes",

@@ -2,18 +2,16 @@
 
 Targets: one request through HTTP costs at most 1.05 of the same pipeline call; 16 at once finish at least twice as soon
 as one after another through diffusers. `--soak MINUTES` then runs mixed load with departures and nonsense against the
-same server, and shows its memory over time.
+same server, and says what became of it (`soaked.py`); the exit code is 1 where something of that did not hold.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,20 +22,13 @@ from matplotlib.figure import Figure
 
 from tests.bench import peers, zoo
 from tests.bench.harness import Race, note, options, quiet, race
-from tests.bench.report import Report
+from tests.bench.report import Report, Row
 from tests.bench.runs import fresh_prompt
-from tests.soak import resident_bytes, soak
+from tests.bench.soaked import soaked
 
 MODEL = "shapes-sd"
 TOGETHER = 16
 HTTP_TARGET, TOGETHER_TARGET = 1.05, 0.5
-SOAK_WINDOW = 60.0
-SOAKED = (
-    None,
-    {"mode": "deepcache", "interval": 3},
-    {"mode": "selective_guidance", "stop": 0.6},
-    [{"mode": "deepcache", "interval": 2}, {"mode": "selective_guidance", "stop": 0.6}],
-)
 
 
 @contextmanager
@@ -100,6 +91,7 @@ def main() -> None:
     model = zoo.model(MODEL)
     steps, rounds = (2, 1) if given.quick else (given.steps, given.rounds or 9)
     found: dict[str, tuple[Race, Race]] = {}
+    soak: list[Row] = []
     for dtype in () if given.no_race else given.dtypes:
         with server(given.threads, dtype) as (url, _), httpx.Client(base_url=url, timeout=600) as client:
             found[dtype] = compare(model, client, dtype, steps, rounds)
@@ -114,10 +106,8 @@ def main() -> None:
         report.table(f"{MODEL}, {dtype} on both sides, {steps} steps, guided, {given.threads} threads", rows)
     if given.soak:
         with server(given.threads, given.dtypes[0]) as (url, pid):
-            ends, memory = soaked(url, pid, given.soak * 60)
-            report.remark(f"Soak of {given.soak:g} minutes: {dict(ends)}; resident MiB by window: {memory}.")
-            waiting = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith(GAUGES)]
-            report.remark(f"Gauges afterwards: {', '.join(waiting)}.")
+            soak = soaked(url, pid, given.soak * 60, (MODEL, "shapes-dit"))
+        report.table(f"Soak of {given.soak:g} minutes, mixed load with departures and nonsense", soak)
 
     def draw_figure(figure: Figure) -> None:
         axes = figure.subplots()
@@ -132,45 +122,8 @@ def main() -> None:
         axes.margins(y=0.25)
 
     report.save(draw_figure if found else None)
-
-
-GAUGES = ("slipstream_requests_running", "slipstream_requests_waiting", "slipstream_feature_memory_bytes")
-
-
-def soaked(url: str, pid: int, seconds: float) -> tuple[Counter[str], list[float]]:
-    """Run the mixed load in windows; how requests ended, and the server's resident MiB after each window."""
-    bodies = [
-        {
-            "prompt": f"a {colour} ring on a white background",
-            "model": model,
-            "num_inference_steps": count,
-            "seed": count,
-        }
-        | (
-            {}
-            if acceleration is None or (model != MODEL and "deepcache" in str(acceleration))
-            else {"acceleration": acceleration}
-        )
-        for colour in ("red", "green", "blue")
-        for model in (MODEL, "shapes-dit")
-        for count in (4, 9, 15)
-        for acceleration in SOAKED
-    ]
-
-    async def run(window: float, seed: int) -> Counter[str]:
-        limits = httpx.Limits(max_connections=64)
-        async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-            return await soak(client, bodies, window, clients=16, seed=seed)
-
-    ends: Counter[str] = Counter()
-    memory: list[float] = []
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        ends += asyncio.run(run(min(SOAK_WINDOW, until - time.monotonic()), len(memory)))
-        memory.append(round(resident_bytes(pid) / 2**20, 1))
-        note(f"{dict(ends)}, {memory[-1]} MiB")
-    time.sleep(3)
-    return ends, memory
+    if any(row["held"] == "NOT" for row in soak):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from app.errors import ServiceError
 from app.http.intake import FREE_BYTES, Bodies, Intake
 from app.http.middleware import Observe
+from app.http.problems import answer
 from app.metrics import Metrics
 from app.settings import Settings
 from tests.serving import aio, until
@@ -171,3 +173,55 @@ async def test_a_drain_may_be_asked_for_in_every_turn_of_the_loop() -> None:
         taken.bodies.close()
         await asyncio.sleep(0)
     assert await slow == (503, "draining")
+
+
+@aio
+async def test_files_on_their_way_have_a_limit_of_their_own_and_give_it_back() -> None:
+    metrics, settings = Metrics(), Settings(max_spool_bytes=MIB, max_inflight_bytes=MIB)
+    bodies, seen, go_on = Bodies(MIB, metrics.body_bytes), list[int](), asyncio.Event()
+
+    async def read(scope: Scope, receive: Receive, send: Send) -> None:
+        size, more = 0, True
+        while more:
+            message = await receive()
+            size, more = size + len(message["body"]), message["more_body"]
+        seen.append(size)
+        await go_on.wait()
+
+    async def post(count: int) -> list[Message]:
+        sent: list[Message] = []
+        left = [{"type": "http.request", "body": b"x" * 2**18, "more_body": i > 0} for i in range(count)]
+
+        async def receive() -> Message:
+            return left.pop()
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"multipart/form-data")]
+        await app({"type": "http", "method": "POST", "path": "/v1/files", "headers": headers}, receive, send)
+        return sent
+
+    def held() -> float:
+        return metrics.registry.get_sample_value("slipstream_spool_bytes") or 0.0
+
+    async def answering(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await read(scope, receive, send)
+        except ServiceError as error:
+            await answer(error)(scope, receive, send)
+
+    intake = Intake(answering, settings, metrics, bodies, streamed={"/v1/files": 2 * MIB})
+    app = Observe(intake, metrics, cors=False)
+    first = asyncio.ensure_future(post(3))
+    await until(lambda: seen == [3 * 2**18])
+    assert (held(), bodies.held) == (3 * 2**18, 0)
+    [start, body] = await post(2)
+    assert (start["status"], json.loads(body["body"])["error"]["code"]) == (503, "overloaded")
+    assert held() == 3 * 2**18, "what was refused holds nothing"
+    go_on.set()
+    await first
+    assert held() == 0
+    await post(4)
+    assert seen == [3 * 2**18, 4 * 2**18]
+    assert held() == 0

@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from app.engine.job import Failed
 from app.errors import ForwardFailed
 from app.http.intake import Bodies, Intake
-from app.http.middleware import ID, SAFE_HEADERS, Authorize, Observe
+from app.http.middleware import CUT_OFF, ID, SAFE_HEADERS, Authorize, Head, Observe
 from app.logs import REQUESTS
 from app.metrics import Metrics
 from app.settings import Settings
@@ -259,3 +259,69 @@ async def test_a_declared_size_is_refused_before_a_byte_is_read() -> None:
         await limited({"type": "http", "method": "POST", "path": declared.decode(), "headers": headers}, receive, send)
         assert [m["status"] for m in sent if "status" in m] == ([] if status is None else [status])
     assert asked == []
+
+
+async def answered(app: Any, method: str = "GET") -> list[Message]:
+    """What an app sends."""
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async with asyncio.timeout(10):
+        await app({"type": "http", "method": method, "path": "/x", "headers": []}, receive, send)
+    return sent
+
+
+@aio
+async def test_head_of_a_stream_without_end_is_answered_and_the_stream_given_up() -> None:
+    ended = asyncio.Event()
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["method"] == "GET"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-kind", b"stream")]})
+        try:
+            while True:
+                await send({"type": "http.response.body", "body": b"more", "more_body": True})
+                await asyncio.sleep(0)
+        finally:
+            ended.set()
+
+    start, body = await answered(Head(endless), "HEAD")
+    assert (start["status"], start["headers"]) == (200, [(b"x-kind", b"stream")])
+    assert body == {"type": "http.response.body", "body": b"", "more_body": False}
+    assert ended.is_set()
+
+
+@aio
+async def test_head_fails_as_get_does() -> None:
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        await answered(Head(failing), "HEAD")
+
+
+@pytest.mark.parametrize("message", [CUT_OFF, None])
+@aio
+async def test_who_is_cut_off_by_a_server_of_another_kind_is_told_so(message: str | None) -> None:
+    """uvicorn by itself cancels handlers that take too long at its end; others cancel because nobody listens."""
+    running = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        running.set()
+        await asyncio.Event().wait()
+
+    answering = asyncio.ensure_future(answered(Observe(slow, Metrics(), cors=False)))
+    await running.wait()
+    answering.cancel(*([message] if message else []))
+    if message is None:
+        with pytest.raises(asyncio.CancelledError):
+            await answering
+        return
+    start, body = await answering
+    assert (start["status"], b'"draining"' in body["body"]) == (503, True)

@@ -337,3 +337,50 @@ async def test_what_the_job_failed_with_is_the_answer(monkeypatch: pytest.Monkey
         facts = {"model": "unet", "acceleration": "none", "outcome": "error"}
         assert served.value("requests_total", endpoint="/generate", **facts) == 1
         assert served.value("images_total", model="unet") == 0
+
+
+@aio
+async def test_a_side_that_its_format_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with faked(monkeypatch, max_pixels=10**7) as served:
+        wide: dict[str, Any] = {"width": 16_384, "height": 64, "output_format": "webp"}
+        assert await served.refused(**wide) == (422, "width", "invalid_value")
+        assert await served.refused(**wide | {"width": 64, "height": 16_384}) == (422, "height", "invalid_value")
+        assert await served.refused(**wide | {"width": 65_504, "output_format": "jpeg"}) == (
+            422,
+            "width",
+            "invalid_value",
+        )
+        assert (await served.post(**wide | {"width": 16_376})).status_code == 200
+        assert (await served.post(**wide | {"output_format": "png"})).status_code == 200
+
+
+@aio
+async def test_a_models_default_of_steps_goes_as_far_as_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with faked(monkeypatch, max_steps=3) as served:
+        assert (await served.post(model="unet")).status_code == 200
+        assert served.engine.jobs[0].run.num_inference_steps == 3
+    async with faked(monkeypatch) as served:
+        assert (await served.post(model="dit")).status_code == 200
+        assert served.engine.jobs[0].run.num_inference_steps == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@aio
+async def test_who_leaves_in_the_very_turn_in_which_it_is_accepted_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    async with faked(monkeypatch) as served:
+        served.engine.script = [Queued(0)]
+        wait = asyncio.wait
+
+        async def cancelled(tasks: Any, **options: Any) -> Any:
+            """The work is done, and whoever waits for it is told of its own end and not of that."""
+            await wait(tasks, **options)
+            raise asyncio.CancelledError
+
+        monkeypatch.setattr(asyncio, "wait", cancelled)
+        with pytest.raises(asyncio.CancelledError):
+            await served.post(stream=stream)
+        assert len(served.engine.jobs) == 1
+        assert served.engine.cancelled == served.engine.jobs
+        assert served.value("waiting_bytes") == 0

@@ -740,6 +740,29 @@ def test_lack_of_memory_and_another_error_in_one_tick() -> None:
     assert hand.value("tick_rows_count", model="unet") == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "code"), [(RuntimeError("x"), "forward_failed"), (torch.OutOfMemoryError(), "out_of_memory")]
+)
+@pytest.mark.parametrize("name", ["finite", "preview"])
+def test_what_fails_behind_the_step_fails_alone(
+    monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, code: str
+) -> None:
+    original = getattr(Trajectory, name)
+
+    def failing(self: Trajectory) -> Any:
+        if self.generator.initial_seed() == 3:
+            raise error
+        return original(self)
+
+    monkeypatch.setattr(Trajectory, name, failing)
+    hand = Hand()
+    good, bad, last = hand.add(1, previews=1), hand.add(2, 3, previews=1), hand.add(7)
+    hand.work()
+    assert error_of(hand.ended[bad]).code == code
+    assert (greys(hand.ended[good]), greys(hand.ended[last])) == ([1], [7])
+    assert not hand.worker.busy
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_latents_that_are_no_numbers_fail_alone(monkeypatch: pytest.MonkeyPatch, number: float) -> None:
     original = Trajectory.moved

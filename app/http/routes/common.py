@@ -55,8 +55,18 @@ async def respond(
 ) -> Response:
     """Open a generation and answer with its stream, or with what `finish` makes of it."""
     request.state.record.client = client_of(request)
-    opening = service_of(request).open(asked, request.state.record, uploads)
-    generation = await while_connected(request, opening)
+    opened: list[Generation] = []
+
+    async def opening() -> Generation:
+        opened.append(await service_of(request).open(asked, request.state.record, uploads))
+        return opened[0]
+
+    try:
+        generation = await while_connected(request, opening())
+    except BaseException as ended:
+        for left in opened:  # in the same turn of the loop as the client left, or as this was cancelled
+            left.leave(ended)
+        raise
     if isinstance(request, BodyRequest):
         for name in PICTURES:
             request.forget(name)
@@ -98,7 +108,9 @@ class Stream(EventSourceResponse):
     """A generation as Server-Sent Events. However it ends, also before its first event, the generation is left."""
 
     def __init__(self, generation: Generation, spell: Spell) -> None:
-        super().__init__(self._events(generation, spell), ping=15, sep="\n")
+        # A server that is told to end lets what it has accepted end by itself.
+        grace = max(0.0, generation.deadline - asyncio.get_running_loop().time())
+        super().__init__(self._events(generation, spell), ping=15, sep="\n", shutdown_grace_period=grace)
         self._generation = generation
         self._error: ServiceError | None = None
 

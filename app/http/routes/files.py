@@ -5,19 +5,26 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, BinaryIO, Literal
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import Annotated, Any, BinaryIO, Literal, cast
 
 from fastapi import APIRouter, Query, Request
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response, StreamingResponse
 
 from app.errors import Impossible, Malformed
+from app.http.routes.common import service_of
 from app.http.routes.jobs import FAILURES, Owner, Store
 from app.http.schemas.batches import FileBody, FilesBody
 from app.http.schemas.jobs import DeletedBody
+from models.errors import cut
 
 router = APIRouter(prefix="/v1/files", tags=["batches"])
 CHUNK = 2**20
+MEMORY_BYTES = 2**16
+"""What of a file that is being sent stays in memory; a larger one is on the disk."""
 AFTER = re.compile(r"expires_after\[(anchor|seconds)\]")
 FORM = {
     "required": True,
@@ -36,6 +43,32 @@ FORM = {
 }
 
 
+class Form(MultiPartParser):
+    """A form with one file, which lies in a folder without a name there until it is in the store."""
+
+    def __init__(self, request: Request, folder: Path | None) -> None:
+        """`folder` None: the system's for what is temporary."""
+        super().__init__(request.headers, request.stream(), max_files=1, max_fields=8)
+        self._folder = folder
+
+    async def parse(self) -> FormData:
+        """The fields. Raises `Malformed`."""
+        try:
+            return await super().parse()
+        except MultiPartException as error:
+            raise Malformed(cut(error.message)) from error
+
+    def on_headers_finished(self) -> None:
+        """A part begins; one that is a file is put where there is room for it."""
+        super().on_headers_finished()
+        part = self._current_part
+        if part.file is not None:
+            part.file.file.close()
+            file = SpooledTemporaryFile(MEMORY_BYTES, dir=None if self._folder is None else str(self._folder))  # noqa: SIM115
+            self._files_to_close_on_error.append(file)
+            part.file.file = cast(BinaryIO, file)
+
+
 def shown(row: Any) -> FileBody:
     """A file as clients see it."""
     expires = None if row["expires_at"] is None else int(row["expires_at"])
@@ -48,7 +81,9 @@ async def create(request: Request, store: Store, owner: Owner) -> FileBody:
     """Keep a file of lines for a batch."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise Malformed("the body must be multipart/form-data")
-    async with request.form(max_files=1, max_fields=8) as form:
+    settings = service_of(request).settings
+    form = await Form(request, settings.data_dir if settings.jobs_url is None else None).parse()
+    try:
         fields = dict(form.multi_items())
         file = fields.pop("file", None)
         if not isinstance(file, UploadFile):
@@ -62,6 +97,8 @@ async def create(request: Request, store: Store, owner: Owner) -> FileBody:
         chunks = _chunks(file.file)
         # Not on the store's own thread, which on SQLite is one, and which running jobs need meanwhile.
         row = await asyncio.to_thread(store.files.add, owner, name, chunks, file.size or 0, keep)
+    finally:
+        await form.close()
     return shown(row)
 
 
