@@ -109,7 +109,7 @@ class FakeBackbone:
         self.dtype = self.latent_dtype = torch.float32
         self.counter = FakeCounter()
         self.features = FeatureStore()
-        self.stepping = "exact"
+        self.stepping, self.batch_invariant = "exact", False
         self.text = FakeText()
         self.family = family or self.text
         config = {"cross_attention_dim": 1, "num_embeds_ada_norm": self.spec.num_classes}
