@@ -37,7 +37,7 @@ class Beginning:
 def encode(backbone: Backbone, run: Run) -> Pictures:
     """Encode the pictures of a run, once for all its images."""
     picture, mask = run.request.image, run.request.mask
-    if picture is None:
+    if picture is None or backbone.spec.edits:
         return Pictures()
     left = None if mask is None or not backbone.spec.inpaints else backbone.posterior(picture, mask)
     return Pictures(None if left is not None and _from_noise(run) else backbone.posterior(picture), left)

@@ -270,12 +270,15 @@ def _spec(
         "latent_scale": 2 ** (len(pipeline.vae.config.block_out_channels) - 1),
         "default_steps": 25,
         "default_guidance_scale": family.default_guidance_scale,
+        "default_image_guidance_scale": family.default_image_guidance_scale,
         **family.facts(config),
         **family.limits(pipeline),
     }
     height, width = (side * found["latent_scale"] for side in family.native_size(config))
     given: dict[str, Any] = {
-        k: extras[k] for k in ("description", "prompt_grammar", "default_guidance_scale") if k in extras
+        k: extras[k]
+        for k in ("description", "prompt_grammar", "default_guidance_scale", "default_image_guidance_scale")
+        if k in extras
     }
     if "default_num_inference_steps" in extras:
         given["default_steps"] = extras["default_num_inference_steps"]
@@ -301,6 +304,7 @@ def _spec(
         flow=family.flow,
         square=family.square,
         image_to_image=family.image_to_image,
+        edits=family.edits,
         has_text_encoder=getattr(pipeline, "text_encoder", None) is not None,
         examples=tuple(extras.get("examples", ())),
         **(found | given),

@@ -21,6 +21,7 @@ from models.solvers.names import NoiseSchedule
 class Request:
     """What to generate. `None` means the model's default. Sizes are pixels.
 
+    A model that edits sees `image`, by `image_guidance_scale`; others start from it, `strength` of the way back (0.8).
     Where the network takes `guidance_scale` as an input, `true_cfg_scale` guides away from the negative prompt.
     In place of text, what diffusers' pipelines take: `prompt_embeds` [1, tokens, dim] with their mask [1, tokens] and,
     for SDXL, `pooled_prompt_embeds` [1, dim]; `class_label` for class-conditional models; `latents`
@@ -37,11 +38,12 @@ class Request:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     true_cfg_scale: float | None = None
+    image_guidance_scale: float | None = None
     seed: int = 0
     num_images: int = 1
     scheduler: str | None = None
     image: Image.Image | None = None
-    strength: float = 0.8
+    strength: float | None = None
     mask: Image.Image | None = None
     timestep_warp: float = 1.0
     acceleration: Accelerator | Sequence[Accelerator] = ()
@@ -82,7 +84,8 @@ def _content(value: object) -> object:
 class Run:
     """A request with every default filled in and every check passed; no tensor has been made yet.
 
-    Its request's picture and mask already have the size of the run; the mask is 255 where the picture is made anew.
+    Its request's picture and mask already have the size of the run, the mask is 255 where the picture is made anew, and
+    the strength is filled in where one starts from the picture.
     """
 
     request: Request
@@ -100,12 +103,13 @@ class Run:
     cfg_scale: float  # by which the rows of a guided step are combined
     plain_roles: int  # rows a step without acceleration
     plain_steps: int  # steps without acceleration: where `auto` chose, those that were asked for
+    image_guidance_scale: float | None = None  # where the model edits
     profile: Chosen | None = None  # where `auto` chose
 
     @property
     def scales(self) -> Scales:
         """How strongly it is guided."""
-        return Scales(self.cfg_scale)
+        return Scales(self.cfg_scale, 1.0 if self.image_guidance_scale is None else self.image_guidance_scale)
 
     @property
     def guided(self) -> bool:

@@ -29,10 +29,12 @@ from models.spec import ModelSpec, RunSpec
 
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
+STRENGTH = 0.8  # of image-to-image where the request says nothing, as in diffusers
 OPTIONAL_INPUTS = frozenset(
     {
         "negative_prompt",
         "true_cfg_scale",
+        "image_guidance_scale",
         "class_label",
         "prompt_embeds",
         "negative_prompt_embeds",
@@ -112,7 +114,9 @@ def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Req
     _inputs(model, request)
     scheduler = _scheduler(model, request)
     count = _integer("num_inference_steps", request.num_inference_steps, model.default_steps, MAX_STEPS)
-    strength = request.strength if request.image is not None else 1.0
+    strength = 1.0
+    if request.image is not None and not model.edits:
+        strength = STRENGTH if request.strength is None else request.strength
     warp = _number("timestep_warp", request.timestep_warp, 0.05, 20.0)
     _number("strength", strength, 0.0, 1.0)
     tokens = 0 if model.flow is None else model.tokens(width, height)
@@ -120,6 +124,9 @@ def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Req
     scale = model.default_guidance_scale if request.guidance_scale is None else request.guidance_scale
     _number("guidance_scale", scale, 0.0, model.max_guidance_scale)
     cfg_scale = _cfg_scale(model, request, scale)
+    image_scale = model.default_image_guidance_scale if model.edits else None
+    if request.image_guidance_scale is not None:
+        image_scale = _number("image_guidance_scale", request.image_guidance_scale, 1.0, 100.0)
     accelerators = _bind(model, request, schedule, scheduler, count, cfg_scale)
     guided = _guides(model, cfg_scale) and needs_guidance(accelerators)
     adapter = next((a.adapter for a in accelerators if hasattr(a, "adapter")), None)
@@ -136,7 +143,8 @@ def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Req
         kept = beside_bytes if model.inpaints else outside_bytes
         mask_bytes = kept(model.latent_channels, *latent_size, model.latent_itemsize)
     if request.image is not None:
-        request = replace(request, image=resize(request.image, width, height))
+        used = None if model.edits else strength
+        request = replace(request, image=resize(request.image, width, height), strength=used)
     return Run(
         request=request,
         width=width,
@@ -154,6 +162,7 @@ def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Req
         cfg_scale=cfg_scale,
         plain_roles=len(model.roles) if _guides(model, cfg_scale) else 1,
         plain_steps=len(steps),
+        image_guidance_scale=image_scale,
     )
 
 
@@ -185,7 +194,7 @@ def _bind(
         guided=_guides(model, cfg_scale) and needs_guidance(request.accelerators),
         guidance_scale=getattr(request, model.guided_by),
         negative=bool(request.negative_prompt) or request.negative_prompt_embeds is not None,
-        image_to_image=request.image is not None,
+        image_to_image=request.image is not None and not model.edits,
         timestep_warp=request.timestep_warp,
     )
     return bind(request.accelerators, model, run)
@@ -220,6 +229,13 @@ def _inputs(model: ModelSpec, request: Request) -> None:
         for name in ("image", "mask"):
             if getattr(request, name) is None:
                 raise RequestError(name, f"is required: {model.name} was trained to fill in masked parts of pictures")
+    if model.edits:
+        if request.image is None:
+            raise RequestError("image", f"is required: {model.name} edits a picture")
+        if request.strength is not None:
+            raise WrongBackbone("strength", f"{model.name} sees the whole picture; see image_guidance_scale")
+        if request.mask is not None:
+            raise WrongBackbone("mask", f"{model.name} edits the whole picture")
     if model.takes == "class_label":
         if request.class_label is None or not 0 <= request.class_label < (model.num_classes or 0):
             raise OutOfRange("class_label", f"{request.class_label} is not in 0..{(model.num_classes or 0) - 1}")
@@ -239,6 +255,8 @@ def least_request(model: ModelSpec, **fields: Any) -> Request:
     """A request with nothing but what this model must be told, for measuring and counting."""
     if model.inpaints:
         fields = {"image": Image.new("RGB", (1, 1)), "mask": Image.new("L", (1, 1), 255), "strength": 1.0} | fields
+    if model.edits:
+        fields = {"image": Image.new("RGB", (1, 1))} | fields
     return Request(prompt="", class_label=0 if model.takes == "class_label" else None, **fields)
 
 

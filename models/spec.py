@@ -71,6 +71,8 @@ class ModelSpec:
     square: bool = False  # makes square pictures only
     image_to_image: bool = True
     inpaints: bool = False  # the network is given a mask and what it leaves of a picture: requests must have both
+    edits: bool = False  # a picture, which must be given, is what its rows see, not what a run starts from
+    default_image_guidance_scale: float = 1.0  # where it edits
     num_classes: int | None = None
     has_text_encoder: bool = True
     description: str = ""
@@ -119,5 +121,5 @@ class RunSpec:
     guided: bool  # has unconditional rows
     guidance_scale: float | None  # None: not given, the model's default (or the student's own) applies
     negative: bool  # a negative prompt was given
-    image_to_image: bool = False
+    image_to_image: bool = False  # starts from a picture
     timestep_warp: float = 1.0

@@ -25,6 +25,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
@@ -142,6 +143,11 @@ def _sd_inpaint() -> StableDiffusionInpaintPipeline:
 
 def _sdxl_inpaint() -> StableDiffusionXLInpaintPipeline:
     return StableDiffusionXLInpaintPipeline(**_sdxl(in_channels=9).components, add_watermarker=False)
+
+
+def _instruct_pix2pix() -> StableDiffusionInstructPix2PixPipeline:
+    components = _sd(in_channels=8).components
+    return StableDiffusionInstructPix2PixPipeline(**components, requires_safety_checker=False)
 
 
 def _sdxl(**options: Any) -> StableDiffusionXLPipeline:
@@ -351,6 +357,7 @@ _MAKERS: dict[str, Any] = {
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ),
+    "instruct-pix2pix": _instruct_pix2pix,
     "sdxl": _sdxl,
     "sd-inpaint": _sd_inpaint,
     "sdxl-inpaint": _sdxl_inpaint,

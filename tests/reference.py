@@ -50,9 +50,11 @@ def by_pipeline(
     components = {**pipeline.components, "scheduler": scheduler_for(pipeline, scheduler)}
     cls = type(pipeline)
     if image is not None:
-        cls = {"StableDiffusionPipeline": StableDiffusionImg2ImgPipeline}.get(
-            cls.__name__, StableDiffusionXLImg2ImgPipeline
-        )
+        sisters = {
+            "StableDiffusionPipeline": StableDiffusionImg2ImgPipeline,
+            "StableDiffusionXLPipeline": StableDiffusionXLImg2ImgPipeline,
+        }
+        cls = sisters.get(cls.__name__, cls)  # one that edits takes the picture itself
         inputs["image"] = image
     if cls.__name__.startswith("StableDiffusion") and "XL" not in cls.__name__:
         components["requires_safety_checker"] = False

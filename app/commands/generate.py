@@ -44,8 +44,11 @@ def generate(
     num_images: Annotated[int, typer.Option(help="How many.")] = 1,
     scheduler: SchedulerOption = None,
     size: SizeOption = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to start from (image-to-image).")] = None,
-    strength: Annotated[float, typer.Option(help="How much of it to redo, 0 to 1.")] = 0.8,
+    image: Annotated[Path | None, typer.Option(help="A picture to start from, or to edit.")] = None,
+    image_guidance_scale: Annotated[
+        float | None, typer.Option(help="How close an edit stays to it, where the model edits.")
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of it to redo, 0 to 1; default 0.8.")] = None,
     mask: Annotated[
         Path | None, typer.Option(help="What of --image is repainted: transparent, or in a grey mask white; its size.")
     ] = None,
@@ -88,6 +91,7 @@ def generate(
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         true_cfg_scale=true_cfg_scale,
+        image_guidance_scale=image_guidance_scale,
         seed=seed,
         num_images=num_images,
         scheduler=scheduler,

@@ -88,7 +88,7 @@ def warp(
     model: ModelOption = "shapes-sd",
     steps: Annotated[int, typer.Option(help="The few steps to make the best of (5, 10, 15, 20).")] = 10,
     reference_steps: Annotated[int, typer.Option(help="The many steps to come close to.")] = 50,
-    strength: Annotated[float, typer.Option(help="Image-to-image strength.")] = 0.8,
+    strength: Annotated[float | None, typer.Option(help="Image-to-image strength; default 0.8.")] = None,
     guidance_scale: ScaleOption = None,
     prompts: PromptsOption = None,
     count: CountOption = 8,

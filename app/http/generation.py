@@ -183,8 +183,14 @@ class Generation:
                 "acceleration": [a.model_dump(mode="json", by_alias=True) for a in run.accelerators],
             }
             | {f"{name}_sha256": digest for name, digest in self.digests.items()}
-            | ({"strength": asked.strength} if "image" in self.digests else {})
+            | (self._by_picture() if "image" in self.digests else {})
         )
+
+    def _by_picture(self) -> dict[str, float]:
+        """What a picture was used with: how far its run went back, or how close an edit stayed to it."""
+        scale, strength = self.job.run.image_guidance_scale, self.job.run.request.strength
+        said = {"image_guidance_scale": scale, "strength": strength}
+        return {name: value for name, value in said.items() if value is not None}
 
     def leave(self, error: BaseException | None = None) -> None:
         """Nobody waits any more: what is not done is dropped at the next tick, and counted by its cause."""

@@ -196,6 +196,7 @@ class Service:
             num_inference_steps=self._steps(asked, spec.default_steps),
             guidance_scale=asked.guidance_scale,
             true_cfg_scale=asked.true_cfg_scale,
+            image_guidance_scale=asked.image_guidance_scale,
             seed=random.getrandbits(32) if asked.seed is None else asked.seed,
             num_images=asked.num_images,
             scheduler=asked.scheduler,

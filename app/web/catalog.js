@@ -11,6 +11,7 @@ export function fromServer(modelList) {
       guidance_scale: model.default_guidance_scale,
       scheduler: model.default_scheduler,
       strength: 0.8,
+      image_guidance_scale: model.default_image_guidance_scale,
       timestep_warp: 1,
       class_label: model.conditioning === "class" ? 0 : null,
     },

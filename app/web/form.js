@@ -11,6 +11,7 @@ const LABELS = {
   seed: "Seed",
   class_label: "Class",
   strength: "Strength",
+  image_guidance_scale: "Picture scale",
   timestep_warp: "Warp",
   negative_prompt: "Negative prompt",
 };
@@ -62,6 +63,9 @@ export class RequestForm {
     this.fields.get("negative_prompt").element.hidden = byClass;
     this.fields.get("class_label").element.hidden = !byClass;
     this.fromPicture.hidden = !model.image_to_image;
+    this.caption.textContent = model.edits ? "The picture to edit" : "Start from a picture";
+    this.fields.get("strength").element.hidden = model.edits;
+    this.fields.get("image_guidance_scale").element.hidden = !model.edits;
     const multiple = model.size_multiple;
     for (const name of ["width", "height"]) Object.assign(this.fields.get(name).input, { min: multiple, step: multiple });
     byId("model-note").textContent = model.prompt_grammar ? `${model.id} knows coloured shapes only.` : "";
@@ -86,7 +90,8 @@ export class RequestForm {
     if (this.state.guidance_scale === null) delete body.guidance_scale; // a student brings its own
     if (this.state.negative_prompt && this.model.conditioning !== "class") body.negative_prompt = this.state.negative_prompt;
     if (this.state.image) {
-      Object.assign(body, { image: this.state.image, strength: this.value("strength") });
+      const by = this.model.edits ? "image_guidance_scale" : "strength";
+      Object.assign(body, { image: this.state.image, [by]: this.value(by) });
       if (this.state.timestep_warp !== null) body.timestep_warp = this.state.timestep_warp;
     }
     return Object.fromEntries(Object.entries(body).filter(([, value]) => value !== null && value !== undefined));
@@ -180,10 +185,11 @@ export class RequestForm {
       this.usePicture(null);
     });
     const error = h("p", { class: "error", id: "image-error", role: "alert" });
-    this.strength = h("div", { class: "start", hidden: true }, this.number("strength", { min: 0, step: "any" }), this.number("timestep_warp", { min: 0, step: "any" }));
-    const caption = h("span", { class: "label", id: "image-label" }, "Start from a picture");
+    const numbers = ["strength", "image_guidance_scale", "timestep_warp"].map((name) => this.number(name, { min: 0, step: "any" }));
+    this.strength = h("div", { class: "start", hidden: true }, ...numbers);
+    this.caption = h("span", { class: "label", id: "image-label" });
     const row = h("div", { class: "picture", role: "group", "aria-labelledby": "image-label" }, this.thumb, this.choose, this.forget, input);
-    const element = h("div", { class: "field image", "data-field": "image" }, caption, row, error);
+    const element = h("div", { class: "field image", "data-field": "image" }, this.caption, row, error);
     this.fields.set("image", { input: { value: "", setAttribute() {}, removeAttribute() {} }, error, element });
     this.fromPicture = h("div", { class: "from-picture" }, element, this.strength);
     return this.fromPicture;

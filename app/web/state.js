@@ -1,7 +1,7 @@
 /** What the page is set to, and its form in the URL: `#model=…&prompt=…&acceleration=deepcache:interval=3+…`. */
 
 const TEXTS = ["model", "prompt", "negative_prompt", "scheduler"];
-const NUMBERS = ["width", "height", "num_inference_steps", "guidance_scale", "seed", "class_label", "strength", "timestep_warp"];
+const NUMBERS = ["width", "height", "num_inference_steps", "guidance_scale", "seed", "class_label", "strength", "image_guidance_scale", "timestep_warp"];
 
 /** The fields of a request that the form holds; null means the model's default. `lanes` are lists of accelerations. */
 export function emptyState() {

@@ -136,6 +136,7 @@ def bare_spec(family: Family, network: Network) -> ModelSpec:
         roles=family.guidance.roles,
         takes=family.takes,
         inputs=family.inputs,
+        edits=family.edits,
         **facts,
     )
 

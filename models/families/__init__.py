@@ -10,6 +10,7 @@ from models.families.base import Family, Parts
 from models.families.dit import DIT
 from models.families.flux import FLUX
 from models.families.flux2 import FLUX2_KLEIN
+from models.families.instruct_pix2pix import INSTRUCT_PIX2PIX
 from models.families.pixart import PIXART
 from models.families.sd import SD
 from models.families.sd3 import SD3
@@ -20,6 +21,7 @@ from models.families.z_image import Z_IMAGE
 REGISTRY: dict[str, Family] = {
     pipeline: family
     for family in (
+        INSTRUCT_PIX2PIX,
         SD,
         SDXL,
         DIT,

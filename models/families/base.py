@@ -98,6 +98,10 @@ class Family(ABC):
     """Fields of a request in place of text, or beside it, that have a meaning here; others are refused."""
     square: ClassVar[bool] = False
     image_to_image: ClassVar[bool] = True
+    edits: ClassVar[bool] = False
+    """Whether a picture is what its rows are conditioned on, and must be given, instead of what a run starts from."""
+    default_image_guidance_scale: ClassVar[float] = 1.0
+    """Where it edits: what diffusers' pipeline defaults to."""
 
     # Loading
 

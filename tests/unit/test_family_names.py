@@ -19,7 +19,7 @@ KINDS = {family.kind for family in FAMILIES}
 """What accelerators ask for, which two families are also called by."""
 
 OWN = {"models/families/" + name for name in ("sd.py", "sdxl.py", "dit.py", "pixart.py", "unconditional.py")}
-OWN |= {"models/families/" + name for name in ("sd3.py", "flux.py", "flux2.py", "z_image.py")}
+OWN |= {"models/families/" + name for name in ("sd3.py", "flux.py", "flux2.py", "z_image.py", "instruct_pix2pix.py")}
 OWN |= {"models/families/unets.py"}  # the network that two of them share
 OWN |= {"models/shapes/export.py", "models/shapes/networks.py"}  # which write models, of two families
 OF_KINDS = {"models/spec.py", "models/search/attention_search.py"}

@@ -168,6 +168,8 @@ def model_body(name: str, default: bool, created: int, engine: Engine) -> ModelB
         num_classes=spec.num_classes,
         image_to_image=spec.image_to_image,
         inpaints=spec.inpaints,
+        edits=spec.edits,
+        default_image_guidance_scale=spec.default_image_guidance_scale if spec.edits else None,
         accelerators=[accelerator_body(mode, {name: spec}) for mode in REGISTRY if _fits(mode, spec)],
         adapters=[
             AdapterBody(

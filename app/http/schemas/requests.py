@@ -100,18 +100,25 @@ class GenerationFields(BaseModel):
         le=100,
         description="Guidance by a row for the negative prompt, where guidance_scale is an input of the network.",
     )
+    image_guidance_scale: float | None = Field(
+        None, ge=1, le=100, description="How close an edit stays to its picture, where the model edits as it is told."
+    )
     seed: Seed | None = Field(None, description="Image i is drawn from seed + i; default a random seed.")
     num_images: int = Field(1, ge=1, le=1000, description="How many images.")
     scheduler: Text | None = Field(None, description=f"Noise scheduler: {', '.join(SCHEDULERS)}.")
     image: Text | None = Field(
-        None, description="Base64 PNG, JPEG or WebP: makes it image-to-image. Transparency lies on white."
+        None,
+        description="Base64 PNG, JPEG or WebP: where a run starts (image-to-image), or what an editing model changes. "
+        "Transparency lies on white.",
+    )
+    strength: float | None = Field(
+        None, ge=0, le=1, description="Image-to-image: share of the steps that is run; default 0.8."
     )
     mask: Text | None = Field(
         None,
         description="Base64 PNG or WebP of the size of `image`, which it needs: what is transparent is repainted, as "
         "with OpenAI; in shades of grey without transparency, what is white. The rest stays.",
     )
-    strength: float = Field(0.8, ge=0, le=1, description="Image-to-image: share of the steps that is run.")
     timestep_warp: float = Field(1.0, ge=0.05, le=20, description="Spacing of the time steps; below 1 leans noisy.")
     acceleration: Acceleration | None = Field(None, description="One accelerator, or a list of them, composed.")
     quality: Literal["low", "medium", "high", "auto"] | None = Field(

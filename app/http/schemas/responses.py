@@ -198,6 +198,8 @@ class ModelBody(BaseModel):
     num_classes: int | None
     image_to_image: bool = Field(description="Whether it takes `image`, and `mask` with it.")
     inpaints: bool = Field(description="Whether it fills in masked parts of pictures only: both are required.")
+    edits: bool = Field(description="Whether it edits the picture that it is given, and needs one.")
+    default_image_guidance_scale: float | None = Field(description="Where it edits.")
     accelerators: list[AcceleratorBody]
     adapters: list[AdapterBody]
     plans: list[PlanBody]
