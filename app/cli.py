@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pkgutil
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
@@ -20,7 +24,24 @@ app = typer.Typer(
     help="Diffusion inference where each request chooses its own acceleration and all share one batch.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its frames leave 30 of 80 columns for words
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        try:
+            typer.echo(f"slipstream {version('slipstream-diffusion')}")
+        except PackageNotFoundError:
+            typer.echo("slipstream 0, a bare checkout")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which this is.")] = False,
+) -> None:
+    """Diffusion inference where each request chooses its own acceleration and all share one batch."""
 
 
 def _serve(**flags: Any) -> None:
@@ -32,15 +53,16 @@ def _serve(**flags: Any) -> None:
         for line in explain(error):
             typer.echo(line, err=True)
         raise typer.Exit(2) from None
-    from app.listening import CannotListen
-    from app.serve import serve
+    from app.listening import CannotListen, listen
 
     try:
-        code = serve(settings)
+        sockets = listen(settings.host, settings.port)  # before anything heavy is even imported
     except CannotListen as error:
         typer.echo(f"slipstream: {error}", err=True)
         raise typer.Exit(1) from None
-    raise typer.Exit(code)
+    from app.serve import serve
+
+    raise typer.Exit(serve(settings, sockets))
 
 
 def explain(error: ValidationError) -> list[str]:
@@ -105,11 +127,23 @@ for found in pkgutil.iter_modules(commands.__path__):
 
 
 def main() -> None:
-    """The console script. What a user got wrong is a line and exit code 2, not a traceback."""
+    """The console script. What a user got wrong is a line and exit code 2, not a traceback.
+
+    The libraries beneath keep their advice to themselves, unless asked for it (`python -W`, `TRANSFORMERS_VERBOSITY`).
+    """
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     try:
         app()
     except SlipstreamError as error:
         typer.echo(f"slipstream: {error}", err=True)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        typer.echo(f"slipstream: {error.filename}: {error.strerror}", err=True)
         raise SystemExit(2) from None
 
 

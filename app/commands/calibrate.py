@@ -15,15 +15,19 @@ from app.commands.options import (
     AdapterOption,
     DeviceOption,
     DtypeOption,
+    FileOption,
     ModelOption,
-    OutputOption,
+    PromptsOption,
     SchedulerOption,
     SizeOption,
     StepsOption,
     console,
+    loaded,
     parse_named,
     parse_size,
     progress_bar,
+    read_prompts,
+    writable,
 )
 
 
@@ -34,38 +38,40 @@ def register(app: typer.Typer) -> None:
 
 def calibrate(
     model: ModelOption,
-    output: OutputOption = Path("profile.json"),
+    output: FileOption = Path("profile.json"),
     scheduler: SchedulerOption = None,
     steps: StepsOption = None,
     size: SizeOption = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", help="A text file, a prompt a line, as users write them; default: the model's own."),
-    ] = None,
+    prompts: PromptsOption = None,
     count: Annotated[
         int, typer.Option(min=4, max=4096, help="How many pictures: a quarter fits, one chooses, half check.")
     ] = 64,
     reference_steps: Annotated[int, typer.Option(min=2, max=1000, help="Steps of the converged pictures.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Picture i is drawn from seed + i.")] = 0,
-    picture: Annotated[Path | None, typer.Option(help="The front as a PNG; default beside the profile.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(callback=writable, help="The front as a PNG; default beside the profile.")
+    ] = None,
     adapter: AdapterOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Measure every way to draw a picture, and search which steps to compute; stopped, it goes on from where it was."""
+    """Measure the front of speed against fidelity as a profile. Stopped, it goes on from where it was.
+
+    Every way to draw a picture is measured, and which steps to compute is searched.
+    """
     from models import calibrate as measure
-    from models import load
     from models.profiles.picture import draw
     from models.shapes.judge import ShapesJudge
 
-    backbone = load(model, device=device, dtype=dtype, adapters=parse_named(adapter, "--adapter"))
     width, height = parse_size(size)
+    lines = read_prompts(prompts)
+    backbone = loaded(model, device=device, dtype=dtype, adapters=parse_named(adapter, "--adapter"))
     checkpoint = output.with_suffix(".calibration")
     resumed, began = checkpoint.is_dir(), time.monotonic()
     with progress_bar("calibrating") as bar:
         profile = measure(
             backbone,
-            _prompts(prompts, backbone.spec.prompt_grammar, backbone.spec.examples, count, seed),
+            _prompts(lines, backbone.spec.prompt_grammar, backbone.spec.examples, count, seed),
             scheduler=scheduler,
             num_inference_steps=steps,
             width=width,
@@ -87,14 +93,13 @@ def calibrate(
 
 
 def _prompts(
-    file: Path | None, grammar: Mapping[str, Any] | None, examples: Sequence[str], count: int, seed: int
+    lines: list[str], grammar: Mapping[str, Any] | None, examples: Sequence[str], count: int, seed: int
 ) -> list[str]:
-    """`count` prompts: of the file, or drawn from what the model says that it understands, or its examples."""
-    if file is None and grammar is not None:
+    """`count` prompts: of a file, or drawn from what the model says that it understands, or its examples."""
+    if not lines and grammar is not None:
         draw = random.Random(seed)
         return [_sentence(grammar, draw) for _ in range(count)]
-    lines = file.read_text().splitlines() if file is not None else list(examples)
-    texts = [line.strip() for line in lines if line.strip()]
+    texts = lines or list(examples)
     if not texts:
         raise typer.BadParameter("the model has no examples; give a file of prompts", param_hint="--prompts")
     return [texts[i % len(texts)] for i in range(count)]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from app.commands.options import DeviceOption, ModelOption, OutputOption
+from app.commands.options import DeviceOption, FolderOption, ModelOption, PromptsOption, hush, read_prompts
 
 
 def register(app: typer.Typer) -> None:
@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def distill(
     model: ModelOption,
-    output: OutputOption,
+    output: FolderOption,
     guidance_scale: Annotated[
         float | None, typer.Option(help="The scale to bake in; default the model's.", min=1.0)
     ] = None,
@@ -35,9 +35,12 @@ def distill(
         ),
     ] = "trajectories",
     start_from: Annotated[
-        list[Path] | None, typer.Option(help="A student's file to train on; given several times, their mean.")
+        list[Path] | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="A student's file to train on; given several times, their mean."
+        ),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one a line, for trajectories.")] = None,
+    prompts: PromptsOption = None,
     num_inference_steps: Annotated[
         int | None, typer.Option(min=1, help="DDIM steps of a trajectory; default the model's.")
     ] = None,
@@ -49,31 +52,27 @@ def distill(
     device: DeviceOption = "auto",
 ) -> None:
     """Distil guidance into a LoRA file that needs one row a step. An interrupted run goes on where it was."""
-    from models.errors import SlipstreamError
     from models.training import distill as train
 
-    lines = prompts.read_text().splitlines() if prompts is not None else []
-    try:
-        file = train(
-            model,
-            output,
-            guidance_scale=guidance_scale,
-            rank=rank,
-            steps=steps,
-            batch=batch,
-            learning_rate=learning_rate,
-            relative=relative,
-            muon=muon,
-            data=data,
-            start_from=start_from or (),
-            prompts=[line.strip() for line in lines if line.strip()],
-            num_inference_steps=num_inference_steps,
-            ema_decay=ema_decay,
-            seed=seed,
-            device=device,
-            precision=precision,
-        )
-    except SlipstreamError as error:
-        typer.echo(f"slipstream distill: {error}", err=True)
-        raise typer.Exit(2) from error
+    lines = read_prompts(prompts)
+    hush()
+    file = train(
+        model,
+        output,
+        guidance_scale=guidance_scale,
+        rank=rank,
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        relative=relative,
+        muon=muon,
+        data=data,
+        start_from=start_from or (),
+        prompts=lines,
+        num_inference_steps=num_inference_steps,
+        ema_decay=ema_decay,
+        seed=seed,
+        device=device,
+        precision=precision,
+    )
     typer.echo(f"{file} ({file.stat().st_size / 1e6:.2f} MB)")

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from app.commands.grammar import parse
 from app.commands.options import (
     AccelerationOption,
     AdapterOption,
@@ -16,7 +14,7 @@ from app.commands.options import (
     DeviceOption,
     DtypeOption,
     ModelOption,
-    OutputOption,
+    PictureOption,
     PlanOption,
     ProfileOption,
     ScaleOption,
@@ -24,7 +22,10 @@ from app.commands.options import (
     SizeOption,
     SteppingOption,
     StepsOption,
+    composed,
     console,
+    loaded,
+    open_picture,
     parse_named,
     parse_size,
     progress_bar,
@@ -65,15 +66,17 @@ def generate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     stepping: SteppingOption = "auto",
-    output: OutputOption = Path("image.png"),
+    output: PictureOption = Path("image.png"),
 ) -> None:
-    """Draw one prompt and write it to a file; several images get -0, -1 … before the suffix."""
-    from models import Request, load
+    """Draw one prompt into a file. Several images get -0, -1 … before the suffix."""
+    from models import Request
     from models import generate as run
 
     width, height = parse_size(size)
-    accelerators = [accelerator for text in acceleration or () for accelerator in parse(text)]
-    backbone = load(
+    accelerators = composed(acceleration)
+    start = None if image is None else open_picture(image, "--image").convert("RGB")
+    cover = None if mask is None else open_picture(mask, "--mask")
+    backbone = loaded(
         model,
         device=device,
         dtype=dtype,
@@ -95,9 +98,9 @@ def generate(
         seed=seed,
         num_images=num_images,
         scheduler=scheduler,
-        image=None if (picture := _open(image, "--image")) is None else picture.convert("RGB"),
+        image=start,
         strength=strength,
-        mask=_open(mask, "--mask"),
+        mask=cover,
         timestep_warp=timestep_warp,
         class_label=class_label,
         acceleration=accelerators,
@@ -118,16 +121,6 @@ def generate(
     usage = result.usage
     saved = 1 - usage.macs / usage.macs_unaccelerated
     console.print(f"{usage.steps} steps, {usage.rows} rows, {usage.macs / 1e9:.3f} GMACs ({saved:.0%} saved)")
-
-
-def _open(path: Path | None, option: str) -> Image.Image | None:
-    if path is None:
-        return None
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).copy()
-    except (OSError, UnidentifiedImageError) as error:
-        raise typer.BadParameter(f"{path}: {error}", param_hint=option) from error
 
 
 def register(app: typer.Typer) -> None:

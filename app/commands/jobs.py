@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from app.commands.options import progress_bar
+from app.commands.options import FolderOption, progress_bar
 
 if TYPE_CHECKING:
     from app.jobs.queue import Jobs
 
-commands = typer.Typer(name="jobs", help="The jobs of a store, whoever submitted them.", no_args_is_help=True)
+commands = typer.Typer(
+    name="jobs", help="The jobs of a store, whoever submitted them.", no_args_is_help=True, rich_markup_mode=None
+)
 
 DirectoryOption = Annotated[
     Path | None, typer.Option("--data-dir", envvar="SLIPSTREAM_DATA_DIR", help="The server's data directory.")
@@ -101,7 +103,7 @@ def cancel(job_id: JobArgument, data_dir: DirectoryOption = None, jobs_url: UrlO
 
 @commands.command()
 def export(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the pictures.")],
+    output: FolderOption,
     job_ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Which; without any, all.")] = None,
     data_dir: DirectoryOption = None,
     jobs_url: UrlOption = None,

@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.commands.grammar import parse
 from app.commands.options import (
     AccelerationOption,
     AdapterOption,
@@ -21,6 +20,8 @@ from app.commands.options import (
     SchedulerOption,
     SizeOption,
     StepsOption,
+    composed,
+    loaded,
     parse_named,
     parse_size,
 )
@@ -41,24 +42,24 @@ def macs(
     attention_matmuls: Annotated[bool, typer.Option(help="Count attention's two products; many papers do not.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
-    """Count MACs per pass, per step and per image, on the meta device."""
-    from models import load
+    """Count MACs per pass, step and image. Nothing is computed: it runs on the meta device."""
     from models import macs as count
 
     given = [source for source in (model, unet_config, transformer_config) if source is not None]
     if len(given) != 1:
         raise typer.BadParameter("give exactly one of --model, --unet-config, --transformer-config")
     bare = unet_config or transformer_config
+    accelerators = composed(acceleration)
     adapters, plans = parse_named(adapter, "--adapter"), parse_named(plan, "--plan")
     source: Any = (
         read_config(bare)
         if bare is not None
-        else load(str(model), device="cpu", dtype="float32", adapters=adapters, plans=plans, config=config)
+        else loaded(str(model), device="cpu", dtype="float32", adapters=adapters, plans=plans, config=config)
     )
     width, height = parse_size(size)
     report = count(
         source,
-        acceleration=[accelerator for text in acceleration or () for accelerator in parse(text)],
+        acceleration=accelerators,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         scheduler=scheduler,

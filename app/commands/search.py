@@ -6,26 +6,28 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image
 from rich.progress import Progress
 
 from app.commands.options import (
     DeviceOption,
     DtypeOption,
+    FileOption,
     ModelOption,
-    OutputOption,
+    PlotOption,
+    PromptsOption,
     ScaleOption,
     SchedulerOption,
     SizeOption,
     StepsOption,
     console,
+    loaded,
+    open_picture,
     parse_size,
     progress_bar,
+    read_prompts,
+    writable,
 )
 
-PromptsOption = Annotated[
-    Path | None, typer.Option("--prompts", help="A text file, a prompt a line; default the model's examples.")
-]
 CountOption = Annotated[int, typer.Option("--count", min=1, help="How many calibration pictures.")]
 
 
@@ -40,18 +42,19 @@ def plan(
     size: SizeOption = None,
     prompts: PromptsOption = None,
     count: CountOption = 4,
-    picture: Annotated[Path | None, typer.Option(help="Also draw the plan to this PNG.")] = None,
+    picture: PlotOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    output: OutputOption = Path("plan.json"),
+    output: FileOption = Path("plan.json"),
 ) -> None:
-    """Search a DiTFastAttn plan; stopped with Ctrl-C it goes on from where it was."""
-    from models import Request, load, search_plan
+    """Search a DiTFastAttn plan. Stopped with Ctrl-C it goes on from where it was."""
+    from models import Request, search_plan
 
     if metric not in ("paper", "signed"):
         raise typer.BadParameter(f"{metric!r} is not paper or signed", param_hint="--metric")
-    backbone = load(model, device=device, dtype=dtype)
     width, height = parse_size(size)
+    lines = read_prompts(prompts)
+    backbone = loaded(model, device=device, dtype=dtype)
     common: dict[str, Any] = {
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
@@ -63,7 +66,7 @@ def plan(
         classes = backbone.spec.num_classes or 1
         requests = [Request(class_label=i * classes // count, seed=i, **common) for i in range(count)]
     else:
-        texts = _prompts(prompts, backbone.spec.examples, count)
+        texts = _prompts(lines, backbone.spec.examples, count)
         requests = [Request(prompt=text, seed=i, **common) for i, text in enumerate(texts)]
     checkpoint = output.with_suffix(".search.json")
     with progress_bar("searching") as bar:
@@ -94,19 +97,23 @@ def warp(
     count: CountOption = 8,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    checkpoint: Annotated[Path | None, typer.Option(help="Where to keep what was tried, to go on later.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(callback=writable, help="Where to keep what was tried, to go on later.")
+    ] = None,
 ) -> None:
-    """Hill-climb γ of warped time steps for image-to-image."""
-    from models import Request, load, search_warp
+    """Hill-climb γ of warped time steps, for image-to-image."""
+    from models import Request, search_warp
 
-    backbone = load(model, device=device, dtype=dtype)
+    lines = read_prompts(prompts)
     files = sorted(p for p in images.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))[:count]
     if not files:
         raise typer.BadParameter(f"{images}: no PNG, JPEG or WebP in it", param_hint="--images")
-    texts = _prompts(prompts, backbone.spec.examples, len(files))
+    pictures = [open_picture(file, "--images").convert("RGB") for file in files]
+    backbone = loaded(model, device=device, dtype=dtype)
+    texts = _prompts(lines, backbone.spec.examples, len(files))
     requests = [
-        Request(prompt=text, image=_open(file), strength=strength, guidance_scale=guidance_scale, seed=i)
-        for i, (file, text) in enumerate(zip(files, texts, strict=True))
+        Request(prompt=text, image=picture, strength=strength, guidance_scale=guidance_scale, seed=i)
+        for i, (picture, text) in enumerate(zip(pictures, texts, strict=True))
     ]
     with progress_bar("climbing") as bar:
         found = search_warp(
@@ -125,17 +132,11 @@ def _note(bar: Progress, gamma: float, psnr: float) -> None:
     bar.update(bar.task_ids[0], note=f"γ = {gamma:g}: {psnr:.2f} dB")
 
 
-def _prompts(file: Path | None, examples: tuple[str, ...], count: int) -> list[str]:
-    lines = file.read_text().splitlines() if file is not None else list(examples)
-    texts = [line.strip() for line in lines if line.strip()]
+def _prompts(lines: list[str], examples: tuple[str, ...], count: int) -> list[str]:
+    texts = lines or list(examples)
     if not texts:
         raise typer.BadParameter("the model has no examples; give a file of prompts", param_hint="--prompts")
     return [texts[i % len(texts)] for i in range(count)]
-
-
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
 
 
 def register(app: typer.Typer) -> None:

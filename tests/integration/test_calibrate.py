@@ -236,7 +236,7 @@ def test_prompts_are_drawn_from_the_models_grammar(model: str) -> None:
     from models.shapes.shapes import parse_caption
 
     grammar = json.loads((BUNDLED / model / "slipstream.json").read_text())["prompt_grammar"]
-    prompts = _prompts(None, grammar, (), 32, 0)
+    prompts = _prompts([], grammar, (), 32, 0)
     for prompt in prompts:
         scene = parse_caption(prompt)
         assert scene.background not in [thing.colour for thing in scene.things]

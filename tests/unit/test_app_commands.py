@@ -16,7 +16,7 @@ import models.quality
 import models.training
 from app.cli import app as cli
 from app.commands import search
-from app.commands.options import parse_named, parse_size
+from app.commands.options import parse_named, parse_size, read_prompts
 from models import Plan
 from models.accelerators import Auto, DeepCache, SelectiveGuidance
 from models.profiles.choice import Chosen
@@ -157,8 +157,7 @@ def test_generate_refuses_what_it_cannot_read(options: list[str], reason: str, a
     result = run("generate", "a ring", *options)
     assert result.exit_code == 2
     assert reason in said(result)
-    assert options[0] in result.output
-    assert "request" not in asked
+    assert "load" not in asked
 
 
 def test_plan_calibrates_on_the_models_examples(asked: Asked, tmp_path: Path) -> None:
@@ -204,10 +203,15 @@ def test_plan_refuses(options: list[str], reason: str, asked: Asked) -> None:
 def test_prompts_are_the_lines_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a ring\n\n  a star  \n")
-    assert search._prompts(file, ("an example",), 3) == ["a ring", "a star", "a ring"]
-    assert search._prompts(None, ("x", "y"), 1) == ["x"]
+    assert read_prompts(file) == ["a ring", "a star"]
+    assert read_prompts(None) == []
+    assert search._prompts(["a ring", "a star"], ("an example",), 3) == ["a ring", "a star", "a ring"]
+    assert search._prompts([], ("x", "y"), 1) == ["x"]
     with pytest.raises(typer.BadParameter, match="no examples"):
-        search._prompts(None, (), 1)
+        search._prompts([], (), 1)
+    file.write_text("\n \n")
+    with pytest.raises(typer.BadParameter, match="has no prompts"):
+        read_prompts(file)
 
 
 def test_warp_takes_the_pictures_of_a_folder(asked: Asked, tmp_path: Path) -> None:
@@ -239,8 +243,10 @@ def test_warp_needs_pictures(asked: Asked, tmp_path: Path) -> None:
 def test_distill_asks_for_what_its_options_say(asked: Asked, tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.txt", tmp_path / "student"
     prompts.write_text("a ring\n\n a star \n")
+    (a := tmp_path / "a").touch()
+    (b := tmp_path / "b").touch()
     words = "distill --model m --guidance-scale 3 --rank 2 --steps 5 --batch 6 --learning-rate 0.01 --relative --muon"
-    words += " --data own --start-from /a --start-from /b --num-inference-steps 7 --ema-decay 0.5 --seed 8"
+    words += f" --data own --start-from {a} --start-from {b} --num-inference-steps 7 --ema-decay 0.5 --seed 8"
     words += " --precision bfloat16 --device cpu"
     result = run(*words.split(), "--prompts", prompts, "-o", output)
     assert result.exit_code == 0, result.output
@@ -255,7 +261,7 @@ def test_distill_asks_for_what_its_options_say(asked: Asked, tmp_path: Path) -> 
         "relative": True,
         "muon": True,
         "data": "own",
-        "start_from": [Path("/a"), Path("/b")],
+        "start_from": [a, b],
         "prompts": ["a ring", "a star"],
         "num_inference_steps": 7,
         "ema_decay": 0.5,
@@ -278,12 +284,6 @@ def test_distills_defaults(asked: Asked, tmp_path: Path) -> None:
     assert (found["learning_rate"], found["relative"], found["muon"]) == (None, False, False)
     assert (found["data"], found["start_from"], found["prompts"]) == ("trajectories", (), [])
     assert (found["num_inference_steps"], found["ema_decay"], found["seed"]) == (None, 0.0, 0)
-
-
-def test_distill_says_what_cannot_be_in_a_line(tmp_path: Path) -> None:
-    result = run("distill", "--model", "/nowhere/at/all", "-o", tmp_path)
-    assert result.exit_code == 2
-    assert result.stderr.startswith("slipstream distill: /nowhere/at/all: no bundled model")
 
 
 @pytest.mark.parametrize(
