@@ -91,6 +91,16 @@ class Server:
             time.sleep(0.05)
         raise TimeoutError(self.log.read_text()[-4000:])
 
+    def has_drawn(self) -> bool:
+        """Whether it has finished a picture since it was started."""
+        try:
+            metrics = httpx.get(f"{self.url}/metrics", timeout=30).text
+        except httpx.TransportError:
+            return False
+        return any(
+            line.startswith("slipstream_images_total{") and float(line.split()[-1]) for line in metrics.splitlines()
+        )
+
     def kill(self) -> None:
         """SIGKILL: no word of farewell."""
         if self.process is None or self.process.pid is None:
@@ -176,6 +186,7 @@ def drill(
 ) -> Drill:
     """Submit `jobs` jobs from many clients and kill one server after another, a random part of `gap` seconds apart.
 
+    On a slow machine a kill waits until its server has finished a picture; otherwise no job would ever get anywhere.
     Servers must be running; the last one that was killed runs again at the end.
     """
     report, numbers, lock = Drill(jobs), iter(range(jobs)), threading.Lock()
@@ -215,6 +226,8 @@ def drill(
         while report.kills < kills and not over.is_set():
             over.wait(gap * chance.uniform(0.1, 1.0))
             server = servers[report.kills % len(servers)]
+            while not (server.has_drawn() or over.is_set()):  # a job that sees three ends of its server is failed
+                over.wait(0.2)
             server.kill()
             report.kills += 1
             server.start()
