@@ -64,11 +64,12 @@ async def test_a_full_disk_takes_nothing_new_and_finishes_what_it_has(
         running = await submit(served, seed=1)
         await served.until(lambda: bool(served.app.state.jobs.runner.running))
         fill(disk, RESERVE - MIB)
-        for body in ({}, {"image": picture(), "strength": 0.5}):
-            refused = await served.post(JOBS, **body)
+        for refused in (
+            await served.post(JOBS),
+            await served.post(JOBS, image=picture(), strength=0.5),
+            await served.client.post("/v1/files", data={"purpose": "batch"}, files={"file": ("x", b"x" * MIB)}),
+        ):
             assert (refused.status_code, refused.json()["error"]["code"]) == (507, "store_full")
-        upload = {"data": {"purpose": "batch"}, "files": {"file": ("x.jsonl", b"x" * MIB)}}
-        assert (await served.client.post("/v1/files", **upload)).status_code == 507
         filler = fill(disk)
         gate.opened.set()
         assert (await served.post()).status_code == 200, "live requests go on"

@@ -17,7 +17,7 @@ from app.jobs.store import Store
 
 MIB = 2**20
 ENDPOINT = "/v1/images/generations"
-LINES, LINE_BYTES, PICTURE = 120, 200_000, b"p" * 150_000
+LINES, LINE_BYTES, PICTURE = 48, 400_000, b"p" * 300_000
 
 
 def file_of(lines: int) -> Iterator[bytes]:
@@ -41,7 +41,7 @@ def traced() -> Iterator[None]:
 
 
 def test_files_of_batches_are_streams(tmp_path: Path, traced: None) -> None:
-    """24 MB of lines, 24 MB of pictures: never more than a few chunks at a time."""
+    """19 MB of lines, 14 MB of pictures: never more than a few chunks at a time."""
     store = Store(tmp_path)
     files, jobs = Files(store), Jobs(store)
     batches = Batches(store, jobs, keep_seconds=3600)

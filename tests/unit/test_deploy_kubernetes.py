@@ -121,6 +121,9 @@ def test_kuberay_gets_the_local_serve_file() -> None:
     service = render(DEPLOY / "ray")["RayService/slipstream"]
     assert service["spec"]["serveConfigV2"] == (DEPLOY / "ray/serve.yaml").read_text()
     cluster = service["spec"]["rayClusterConfig"]
+    store = {"secretKeyRef": {"name": "slipstream-jobs", "key": "url", "optional": True}}
+    for (container,) in (group["template"]["spec"]["containers"] for group in cluster["workerGroupSpecs"]):
+        assert {"name": "SLIPSTREAM_JOBS_URL", "valueFrom": store} in container["env"], "replicas share one store"
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         template = {**group["template"], "metadata": {"name": "pod"}}
         validator.validate({"apiVersion": "v1", "kind": "Pod", **template}, API, strict=True)

@@ -10,9 +10,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from fastapi import FastAPI
 
+from app.jobs.queue import NewJob
 from app.metrics import Metrics
+from tests.deploy import DEPLOY
+from tests.postgres import postgres
 
 
 class Ray:
@@ -122,6 +126,22 @@ def test_a_replica_with_a_dead_engine_is_not(scale: Any) -> None:
     with pytest.raises(RuntimeError, match="died") as raised:
         asyncio.run(scale.healthy(app_with(state="dead", failure=failure)))
     assert raised.value.__cause__ is failure
+
+
+def test_replicas_share_the_jobs_of_one_postgresql(ray: Ray, scale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "expose", lambda app, options: None)
+    served = yaml.safe_load((DEPLOY / "ray/serve.yaml").read_text())["applications"][0]["args"]
+    scale.build(scale.Options(**served, gpus=0))
+    with postgres() as url:
+        monkeypatch.setenv("SLIPSTREAM_JOBS_URL", url)
+        stores = [ray.asgi().state.jobs for _ in range(2)]
+        new = NewJob("me", {"prompt": "a ring"}, {}, "f")
+        job = stores[0].jobs.submit(new)[0]["id"]
+        assert stores[1].jobs.get(job, "me")["status"] == "queued"
+        (claimed,), _, _ = stores[1].jobs.claim(5)
+        assert (claimed.row["id"], stores[0].jobs.claim(5)[0]) == (job, [])
+        for one in stores:
+            one.store.close()
 
 
 def test_what_is_deployed(ray: Ray, scale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
