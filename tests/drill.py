@@ -219,7 +219,7 @@ def drill(
                 raise RuntimeError(f"{answer.status_code}: {answer.text}")
             with lock:
                 report.retries += 1
-            time.sleep(0.05 if answer is None else 0)
+            time.sleep(0.5 if answer is None else 0)
 
     def killer() -> None:
         chance = random.Random(seed)

@@ -1,21 +1,19 @@
-"""The batches of the store: rows, and what is read from and written into their files, as streams."""
+"""The batches of the store: their rows, their leases, and the lines that have become jobs."""
 
 from __future__ import annotations
 
-import base64
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
-from app.errors import Conflict, FileGone, NotFound, QueueFull, StoreFailed
-from app.http.problems import body as body_of
-from app.jobs.files import CONTENT, described
-from app.jobs.queue import OVER, Jobs, NewJob, count_where
-from app.jobs.store import PAGE, Row, Store, new_id
-from app.jobs.tables import BATCHES, FILES, JOBS
-from models.errors import cut
+from app.errors import Conflict, NotFound, QueueFull
+from app.jobs.ending import OVER
+from app.jobs.files import CONTENT
+from app.jobs.lines import error, fault, lines
+from app.jobs.queue import Jobs, NewJob
+from app.jobs.store import Row, Store, new_id
+from app.jobs.tables import BATCHES, FILES, JOBS, count_where
 
 ACTIVE = ("validating", "in_progress", "cancelling", "finalizing")
 MOST = 1000
@@ -24,7 +22,6 @@ WINDOW = 256
 """Lines of one batch that are jobs at a time and not over: the rest of its file stays a file."""
 MOST_ERRORS = 100
 LEASE_SECONDS = 60.0
-CREATED_PAGE = 20
 
 
 class Batches:
@@ -108,6 +105,10 @@ class Batches:
             lease = {"lease_owner": self.store.server, "lease_until": now + LEASE_SECONDS}
             return list(connection.execute(update.values(lease).returning(BATCHES)).mappings())
 
+    def keep(self, row: Row) -> None:
+        """Renew the lease of a batch that this server works at."""
+        self._update(row, {"lease_until": self.store.clock() + LEASE_SECONDS}, *ACTIVE)
+
     def let_go(self, *, whosever: bool = False) -> None:
         """Give up this server's leases; whosever they are where it holds the store alone."""
         with self.store.begin() as connection:
@@ -177,138 +178,3 @@ class Batches:
             over = {"status": "cancelled", "completed_at": self.store.clock()}
             connection.execute(sa.update(JOBS).where(mine, JOBS.c.status == "queued").values(over))
             connection.execute(sa.update(JOBS).where(mine, JOBS.c.status == "in_progress").values(cancel=True))
-
-    def finalize(self, row: Row, status: str, most_bytes: int, errors: list[dict[str, Any]] | None = None) -> None:
-        """Write what became of a batch's lines into its files, and end it. `errors` are the batch's own."""
-        now = self.store.clock()
-        with self.store.begin() as connection:
-            update = sa.update(BATCHES).where(BATCHES.c.id == row["id"], BATCHES.c.finalizing_at.is_(None))
-            values = {"finalizing_at": now} | ({"status": "finalizing"} if status == "completed" else {})
-            connection.execute(update.values(values))
-        counts = self.counts(row)
-        known = row["line"] if status == "failed" else counts["total"]  # without its input, nobody knows the others
-        outputs = {
-            new_id("file"): self._outputs(row) if counts["completed"] else None,
-            new_id("file"): self._errors(row, status, most_bytes) if counts["completed"] < known else None,
-        }
-        output_id, error_id = (file_id if chunks is not None else None for file_id, chunks in outputs.items())
-
-        def record(connection: sa.Connection, sizes: dict[str, int]) -> None:
-            for file_id, name in ((output_id, "output"), (error_id, "error")):
-                if file_id is not None:
-                    filename = f"{row['id']}_{name}.jsonl"
-                    values = described(
-                        file_id, row["owner"], "batch_output", filename, sizes[file_id], now, self.keep_seconds
-                    )
-                    connection.execute(sa.insert(FILES).values(values))
-            ended = {"status": status, "ended_at": self.store.clock(), "output_file_id": output_id}
-            ended |= {"error_file_id": error_id, "completed": counts["completed"], "failed": counts["failed"]}
-            ended |= {} if errors is None else {"errors": errors}
-            mine = (
-                BATCHES.c.id == row["id"],
-                BATCHES.c.ended_at.is_(None),
-                BATCHES.c.lease_owner == row["lease_owner"],
-            )
-            if not connection.execute(sa.update(BATCHES).where(*mine).values(ended)).rowcount:
-                raise StoreFailed(f"batch {row['id']} is another server's meanwhile")
-
-        written = {file_id: chunks for file_id, chunks in outputs.items() if chunks is not None}
-        self.store.write(written, CONTENT, record)
-        mine = sa.select(JOBS.c.id).where(JOBS.c.batch_id == row["id"]).limit(PAGE)
-        while ids := [job["id"] for job in self.store.rows(mine)]:
-            self.store.forget(ids, sa.delete(JOBS).where(JOBS.c.id.in_(ids)))
-
-    def _jobs(self, row: Row, *statuses: str) -> Iterator[Row]:
-        """A batch's jobs by line, some at a time; keeps the lease while they are read."""
-        line = -1
-        while True:
-            where = (JOBS.c.batch_id == row["id"], JOBS.c.line > line, JOBS.c.status.in_(statuses))
-            rows = self.store.rows(sa.select(JOBS).where(*where).order_by(JOBS.c.line).limit(CREATED_PAGE))
-            if not rows:
-                return
-            yield from rows
-            line = rows[-1]["line"]
-            self._update(row, {"lease_until": self.store.clock() + LEASE_SECONDS}, *ACTIVE)
-
-    def _outputs(self, row: Row) -> Iterator[bytes]:
-        for job in self._jobs(row, "completed"):
-            body = {**job["result"], "id": job["id"], "model": job["body"]["model"]}
-            body["created"] = int(job["completed_at"])
-            body["size"] = f"{body['width']}x{body['height']}"
-            try:
-                body["data"] = [
-                    {"b64_json": self._picture(job["id"], i), "seed": seed} for i, seed in enumerate(body.pop("seeds"))
-                ]
-            except FileGone as lost:
-                yield answered(job["id"], job["custom_id"], lost.status, body_of(lost))
-                continue
-            yield answered(job["id"], job["custom_id"], 200, body)
-
-    def _picture(self, job_id: str, index: int) -> str:
-        return base64.b64encode(b"".join(self.store.read(job_id, f"picture-{index}"))).decode()
-
-    def _errors(self, row: Row, status: str, most_bytes: int) -> Iterator[bytes]:
-        """Lines that failed, and those that the end of the batch has cut off."""
-        cut = {"code": f"batch_{status}", "message": f"the batch is {status}: this line was not done"}
-        for job in self._jobs(row, "failed", "cancelled"):
-            if job["status"] == "failed":
-                wrong = {name: job["error"][name] for name in ("message", "type", "param", "code")}
-                yield answered(job["id"], job["custom_id"], job["error"]["status"], {"error": wrong})
-            else:
-                yield answered(job["id"], job["custom_id"], None, cut)
-        if row["line"] < row["total"] and status != "failed":
-            chunks = self.store.read(row["input_file_id"], CONTENT, row["offset"])
-            for number, (_, line) in enumerate(lines(chunks, most_bytes)):
-                yield answered(f"{row['id']}-{row['line'] + number}", json.loads(line)["custom_id"], None, cut)
-
-
-def answered(request_id: str, custom_id: str, status: int | None, body: Mapping[str, Any]) -> bytes:
-    """A line of an output or error file; without a status the line was never asked."""
-    response = None if status is None else {"status_code": status, "request_id": request_id, "body": body}
-    line = {"id": f"batch_req_{request_id}", "custom_id": custom_id, "response": response}
-    return json.dumps(line | {"error": body if status is None else None}, separators=(",", ":")).encode() + b"\n"
-
-
-def lines(chunks: Iterable[bytes], most_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """The lines of a stream that are not blank, each with the offset behind it. ValueError for one that is too long."""
-    buffer, offset = b"", 0
-    for chunk in chunks:
-        *whole, buffer = (buffer + chunk).split(b"\n")
-        for line in whole:
-            offset += len(line) + 1
-            if len(line) > most_bytes:
-                raise ValueError("a line is too long")
-            if line.strip():
-                yield offset, line
-        if len(buffer) > most_bytes:
-            raise ValueError("a line is too long")
-    if buffer.strip():
-        yield offset + len(buffer), buffer
-
-
-def fault(line: bytes, endpoint: str, seen: set[str]) -> str | None:
-    """What is wrong with a line of an input file. Notes its `custom_id` among the `seen`."""
-    try:
-        asked = json.loads(line)
-    except (ValueError, RecursionError):
-        return "is not JSON, or nested too deeply"
-    if not isinstance(asked, dict) or not isinstance(asked.get("body"), dict):
-        return "is not an object with custom_id, method, url and body"
-    custom_id = asked.get("custom_id")
-    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= 512:
-        return "custom_id must be text of 1 to 512 characters"
-    if "\0" in custom_id or any("\ud800" <= letter <= "\udfff" for letter in custom_id):
-        return "custom_id must be text: it has a character that is none"
-    if custom_id in seen:
-        return f"custom_id {custom_id!r} is there twice"
-    seen.add(custom_id)
-    if asked.get("method") != "POST" or asked.get("url") != endpoint:
-        return f"method and url must be POST {endpoint}, as the batch's endpoint"
-    if unknown := set(asked) - {"custom_id", "method", "url", "body"}:
-        return f"{cut(min(unknown))!r} is not a known field"
-    return None
-
-
-def error(line: int | None, code: str, message: str) -> dict[str, Any]:
-    """What is wrong with a batch, as OpenAI spells it."""
-    return {"code": code, "line": line, "message": message, "param": None}

@@ -14,8 +14,11 @@ from app.errors import FileGone, Impossible, QueueFull, ServiceError, Unavailabl
 from app.http.problems import translate
 from app.http.record import Record
 from app.http.schemas.requests import ImagesRequest
-from app.jobs.batches import WINDOW, Batches, error
-from app.jobs.queue import NewJob, described
+from app.jobs.batches import WINDOW, Batches
+from app.jobs.ending import described
+from app.jobs.lines import error
+from app.jobs.outcome import Outcome
+from app.jobs.queue import NewJob
 from app.jobs.store import Row
 from app.logs import SERVER
 from app.settings import Settings
@@ -32,6 +35,7 @@ class Driver:
 
     def __init__(self, batches: Batches, service: JobService, settings: Settings) -> None:
         self._batches = batches
+        self._outcome = Outcome(batches)
         self._service = service
         self._settings = settings
 
@@ -65,14 +69,14 @@ class Driver:
             status = "cancelled" if row["status"] == "cancelling" else "completed" if whole and not late else "expired"
             if whole and late and not await call(batches.cut, row):
                 status = "completed"  # all were done when the time was up
-            await asyncio.to_thread(batches.finalize, row, status, most_bytes)
+            await asyncio.to_thread(self._outcome.finalize, row, status, most_bytes)
 
     async def _end_without_input(self, row: Row) -> None:
         """The input was deleted: no further line can begin. Those that have are seen to their end, and kept."""
         if await self._batches.store.call(self._batches.unfinished, row):
             return
         gone = [error(None, "missing_file", "the input file was deleted before all of its lines had begun")]
-        await asyncio.to_thread(self._batches.finalize, row, "failed", self._settings.max_body_bytes, gone)
+        await asyncio.to_thread(self._outcome.finalize, row, "failed", self._settings.max_body_bytes, gone)
 
     async def _feed(self, row: Row, room: int) -> None:
         """Make the next lines jobs; where the engine takes no work, later."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from app.jobs.queue import OVER, count_where
+from app.jobs.ending import OVER
 from app.jobs.store import PAGE, Store
-from app.jobs.tables import BATCHES, FILES, JOBS
+from app.jobs.tables import BATCHES, FILES, JOBS, count_where
 
 
 @dataclass(frozen=True)

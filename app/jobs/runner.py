@@ -23,7 +23,8 @@ from app.errors import (
 from app.http.problems import translate
 from app.http.record import Record
 from app.http.schemas.requests import PICTURES, GenerationRequest
-from app.jobs.queue import Claimed, Jobs
+from app.jobs.leases import Claimed
+from app.jobs.queue import Jobs
 from app.jobs.retention import Retention
 from app.jobs.store import Row
 from app.logs import SERVER
@@ -112,7 +113,7 @@ class Runner:
         """Take up what a process left behind, then go on until `stop`."""
         store = self.jobs.store
         if not store.shared:
-            recovered = await store.call(self.jobs.recover)
+            recovered = await store.call(self.jobs.leases.recover)
             self.service.metrics.recovered.inc(recovered)
             swept = await store.call(store.sweep)
             if recovered or swept:
@@ -155,7 +156,7 @@ class Runner:
 
     @property
     def _beat_seconds(self) -> float:
-        return min(BEAT_SECONDS, self.jobs.lease / 5)
+        return min(BEAT_SECONDS, self.jobs.leases.lease / 5)
 
     # The loops
 
@@ -172,7 +173,7 @@ class Runner:
     async def _claim(self) -> None:
         while (room := self.room) > 0:
             alone = not self.running
-            claimed, struck, recovered = await self.jobs.store.call(self.jobs.claim, room, alone)
+            claimed, struck, recovered = await self.jobs.store.call(self.jobs.leases.claim, room, alone)
             self.service.metrics.recovered.inc(recovered)
             for row in struck:
                 SERVER.error("job %s is failed: the process ended three times while it ran", row["id"])
@@ -185,7 +186,7 @@ class Runner:
     async def _beat(self) -> None:
         progress = {job_id: (running.step, running.total) for job_id, running in self.running.items()}
         if progress:
-            for job_id in await self.jobs.store.call(self.jobs.renew, progress):
+            for job_id in await self.jobs.store.call(self.jobs.leases.renew, progress):
                 self.stop_job(job_id)
 
     async def _sweep(self) -> None:
@@ -212,7 +213,7 @@ class Runner:
                     raise asyncio.CancelledError
                 ended = await self._run(running)
             except asyncio.CancelledError:
-                ended = partial(self.jobs.stopped, job_id) if running.cancelled else self._give_back(job_id)
+                ended = partial(self.jobs.leases.stopped, job_id) if running.cancelled else self._give_back(job_id)
             running.ended = True
             if ended is not None:
                 await self._write(ended)
@@ -254,13 +255,13 @@ class Runner:
             known = translate(raised)
             if known.status >= 500:
                 SERVER.error("job %s failed: %s", job_id, known.message, exc_info=raised)
-            return partial(self.jobs.fail, job_id, known)
+            return partial(self.jobs.leases.fail, job_id, known)
         result = body.model_dump(mode="json", by_alias=True, exclude={"id", "created", "model", "images"})
         result["seeds"] = list(generation.job.run.seeds)
-        return partial(self.jobs.complete, job_id, result, files)
+        return partial(self.jobs.leases.complete, job_id, result, files)
 
     def _give_back(self, job_id: str) -> Callable[[], object]:
-        return partial(self.jobs.release, [job_id])
+        return partial(self.jobs.leases.release, [job_id])
 
     async def _write(self, write: Callable[[], object]) -> None:
         """Write how a job ended. A store that is full or away is waited for: the job keeps its place until then."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
     JSON,
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
     Float,
     Index,
     Integer,
     LargeBinary,
     MetaData,
+    Select,
     String,
     Table,
     Text,
     UniqueConstraint,
+    func,
+    select,
 )
 
 METADATA = MetaData()
@@ -122,3 +128,8 @@ BLOBS = Table(
     Column("data", LargeBinary, nullable=False),
 )
 """What PostgreSQL keeps in rows, SQLite as files beside it."""
+
+
+def count_where(*conditions: ColumnElement[bool]) -> Select[Any]:
+    """How many jobs."""
+    return select(func.count()).select_from(JOBS).where(*conditions)

@@ -20,7 +20,7 @@ import uvicorn
 from PIL import Image
 
 from app.http.main import create_app
-from app.jobs.batches import fault, lines
+from app.jobs.lines import fault, lines
 from app.settings import Settings
 from models import Backbone
 from tests.postgres import postgres

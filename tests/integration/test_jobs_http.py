@@ -344,13 +344,13 @@ async def test_a_job_that_is_cancelled_before_its_first_step_gives_its_place_bac
 
         runner._begin = begin_and_stop
         answer = await served.client.post("/v1/images/jobs", json={"prompt": "x", "num_inference_steps": 2})
-        stopped, write = list[str](), runner.jobs.stopped
+        stopped, write = list[str](), runner.jobs.leases.stopped
 
         def stop(job_id: str) -> None:
             stopped.append(job_id)
             write(job_id)
 
-        runner.jobs.stopped = stop
+        runner.jobs.leases.stopped = stop
         await served.until(lambda: bool(stopped) and not runner.running)
         assert stopped[0] == answer.json()["id"]
         assert runner.room > 0

@@ -156,7 +156,7 @@ def test_turns_go_by_arrival_and_a_batch_stands_back_for_a_while(opened: Open) -
     order = [early["id"], late["id"], newest["id"]]
     rows, _ = jobs.page("me", 10)
     assert jobs.positions(rows) == {job: place for place, job in enumerate(order)}
-    claimed, _, _ = jobs.claim(3)
+    claimed, _, _ = jobs.leases.claim(3)
     assert ids(c.row for c in claimed) == order
 
 
@@ -174,13 +174,13 @@ def test_a_life(opened: Open) -> None:
     store = opened()
     jobs = Jobs(store)
     job = jobs.submit(new(uploads={"image": b"12"}))[0]["id"]
-    [claimed], struck, recovered = jobs.claim(5)
+    [claimed], struck, recovered = jobs.leases.claim(5)
     assert (claimed.row["id"], claimed.suspect, struck, recovered) == (job, False, [], 0)
-    assert jobs.renew({job: (3, 25)}) == set()
+    assert jobs.leases.renew({job: (3, 25)}) == set()
     row = jobs.get(job, "me")
     assert (row["status"], row["step"], row["total_steps"]) == ("in_progress", 3, 25)
-    assert jobs.complete(job, {"seeds": [7, 8]}, [b"one", b"three"])
-    assert not jobs.complete(job, {}, [b"again"]), "done once"
+    assert jobs.leases.complete(job, {"seeds": [7, 8]}, [b"one", b"three"])
+    assert not jobs.leases.complete(job, {}, [b"again"]), "done once"
     row = jobs.get(job, "me")
     assert (row["status"], row["result"], row["size"], row["step"]) == ("completed", {"seeds": [7, 8]}, 10, 25)
     assert b"".join(store.read(job, "picture-1")) == b"three"
@@ -197,15 +197,15 @@ def test_a_life(opened: Open) -> None:
 def test_a_running_job_is_asked_to_stop(opened: Open) -> None:
     jobs = Jobs(opened())
     job, other = (jobs.submit(new())[0]["id"] for _ in range(2))
-    jobs.claim(2)
+    jobs.leases.claim(2)
     with pytest.raises(Conflict):
         jobs.delete(job, "me")
     assert jobs.cancel(job, "me")["status"] == "in_progress"
-    assert jobs.renew({job: (0, 1), other: (0, 1)}) == {job}
-    jobs.stopped(job)
+    assert jobs.leases.renew({job: (0, 1), other: (0, 1)}) == {job}
+    jobs.leases.stopped(job)
     assert jobs.get(job, "me")["status"] == "cancelled"
     assert jobs.cancel(job, "me")["status"] == "cancelled", "twice is as once"
-    assert jobs.fail(other, Internal("it broke"))
+    assert jobs.leases.fail(other, Internal("it broke"))
     error = jobs.get(other, "me")["error"]
     assert (error["status"], error["code"], error["message"]) == (500, "internal_error", "it broke")
 
@@ -215,21 +215,21 @@ def test_what_ran_when_the_process_ended_runs_again_alone_and_three_times_at_mos
     store = opened(clock=clock)
     jobs = Jobs(store)
     made = [jobs.submit(new())[0]["id"] for _ in range(3)]
-    assert len(jobs.claim(2)[0]) == 2
+    assert len(jobs.leases.claim(2)[0]) == 2
     for attempt in (2, 3):
         clock.now += 31
         jobs = after_the_end(opened, clock)
-        assert jobs.claim(5, alone=False)[0] == [], "it waits until nothing else runs"
-        [claimed], struck, _ = jobs.claim(5)
+        assert jobs.leases.claim(5, alone=False)[0] == [], "it waits until nothing else runs"
+        [claimed], struck, _ = jobs.leases.claim(5)
         assert (claimed.row["id"], claimed.suspect, claimed.row["attempts"]) == (made[0], True, attempt)
         assert struck == []
     clock.now += 31
     jobs = after_the_end(opened, clock)
-    [claimed], [struck_job], _ = jobs.claim(5)
+    [claimed], [struck_job], _ = jobs.leases.claim(5)
     assert struck_job["id"] == made[0]
     assert jobs.get(made[0], "me")["error"]["code"] == "job_crashed"
     assert claimed.row["id"] == made[1]
-    jobs.release([made[1]])
+    jobs.leases.release([made[1]])
     row = jobs.get(made[1], "me")
     assert (row["status"], row["attempts"]) == ("queued", 1), "what is given back has no strike more"
 
@@ -237,7 +237,7 @@ def test_what_ran_when_the_process_ended_runs_again_alone_and_three_times_at_mos
 def after_the_end(opened: Open, clock: Clock) -> Jobs:
     store = opened(clock=clock)
     if not store.shared:
-        Jobs(store).recover()
+        Jobs(store).leases.recover()
     return Jobs(store)
 
 
@@ -247,10 +247,10 @@ def test_servers_share_the_queue_and_no_job(server: Callable[[], str], request: 
     here, there = (Jobs(store) for store in stores)
     for _ in range(40):
         here.submit(new())
-    taken = [ids(c.row for c in jobs.claim(3)[0]) for jobs in (here, there)]
+    taken = [ids(c.row for c in jobs.leases.claim(3)[0]) for jobs in (here, there)]
 
     def take(jobs: Jobs, into: list[str]) -> None:
-        while claimed := jobs.claim(3)[0]:
+        while claimed := jobs.leases.claim(3)[0]:
             into += ids(c.row for c in claimed)
 
     threads = [threading.Thread(target=take, args=pair) for pair in ((here, taken[0]), (there, taken[1]))]
@@ -260,14 +260,14 @@ def test_servers_share_the_queue_and_no_job(server: Callable[[], str], request: 
         thread.join()
     assert len(taken[0] + taken[1]) == 40 == len({*taken[0], *taken[1]})
     clock.now += 20
-    there.renew(dict.fromkeys(taken[1], (0, 0)))
+    there.leases.renew(dict.fromkeys(taken[1], (0, 0)))
     clock.now += 20  # the leases of the first have run out
     job = taken[0][0]
-    [claimed], _, recovered = there.claim(40)
+    [claimed], _, recovered = there.leases.claim(40)
     assert (claimed.row["id"], recovered) == (job, 1)
-    assert here.renew({job: (0, 0)}) == {job}, "it is told that the job is not its own any more"
-    assert not here.complete(job, {}, [b"late"])
-    assert there.complete(job, {}, [b"right"])
+    assert here.leases.renew({job: (0, 0)}) == {job}, "it is told that the job is not its own any more"
+    assert not here.leases.complete(job, {}, [b"late"])
+    assert there.leases.complete(job, {}, [b"right"])
     assert b"".join(here.store.read(job, "picture-0")) == b"right"
     for store in stores:
         store.close()
@@ -280,8 +280,8 @@ def test_what_is_over_is_forgotten_by_age_count_and_bytes(opened: Open) -> None:
     made = []
     for _ in range(6):
         made.append(jobs.submit(new())[0]["id"])
-        jobs.claim(1)
-        jobs.complete(made[-1], {}, [b"x" * 100])
+        jobs.leases.claim(1)
+        jobs.leases.complete(made[-1], {}, [b"x" * 100])
         clock.now += 10
     waiting = jobs.submit(new(uploads={"image": b"y" * 1000}))[0]["id"]
 
@@ -310,7 +310,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     store = Store(tmp_path)
     jobs = Jobs(store)
     job = jobs.submit(new())[0]["id"]
-    jobs.claim(1)
+    jobs.leases.claim(1)
     before = sorted(tmp_path.rglob("*"))
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "RESERVE", 2**62)
@@ -326,7 +326,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
         tmp_path / "blobs",
         *(tmp_path / "blobs").iterdir(),  # empty folders
     ]
-    jobs.recover()
+    jobs.leases.recover()
     assert jobs.get(job, "me")["status"] == "queued", "what was accepted goes on"
     store.close()
 
@@ -346,7 +346,7 @@ def test_a_disk_that_is_full_for_a_picture(tmp_path: Path, monkeypatch: pytest.M
     store = Store(tmp_path)
     jobs = Jobs(store)
     job = jobs.submit(new())[0]["id"]
-    jobs.claim(1)
+    jobs.leases.claim(1)
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -354,9 +354,9 @@ def test_a_disk_that_is_full_for_a_picture(tmp_path: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         with pytest.raises(StoreFull):
-            jobs.complete(job, {}, [b"picture"])
+            jobs.leases.complete(job, {}, [b"picture"])
     assert not [p for p in (tmp_path / "blobs").rglob("*") if p.is_file()]
-    assert jobs.complete(job, {}, [b"picture"]), "and it is done when there is room"
+    assert jobs.leases.complete(job, {}, [b"picture"]), "and it is done when there is room"
     store.close()
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from app.jobs.batches import Batches
 from app.jobs.files import CONTENT, Files
+from app.jobs.outcome import Outcome
 from app.jobs.queue import Jobs, NewJob
 from app.jobs.store import Store
 
@@ -55,9 +56,9 @@ def test_files_of_batches_are_streams(tmp_path: Path, traced: None) -> None:
         found = batches.next_lines(batch, 4, MIB)
         new = [job_of(batch, batch["line"] + i, json.loads(line)) for i, (_, line) in enumerate(found)]
         batches.feed(batch, new, found[-1][0])
-        for claimed in jobs.claim(4)[0]:
-            assert jobs.complete(claimed.row["id"], RESULT, [PICTURE])
-    batches.finalize(batch, "completed", MIB)
+        for claimed in jobs.leases.claim(4)[0]:
+            assert jobs.leases.complete(claimed.row["id"], RESULT, [PICTURE])
+    Outcome(batches).finalize(batch, "completed", MIB)
     held = peak() - began
     output = batches.get(batch["id"], "me")["output_file_id"]
     written = b"".join(store.read(output, CONTENT))

@@ -23,8 +23,8 @@ def folder(tmp_path: Path) -> Path:
     jobs = Jobs(store)
     for number, owner in enumerate(("me", "me", "you")):
         jobs.submit(NewJob(owner, {"prompt": f"ring [/b] {number}", "model": "sd", "seed": number}, {}, "f"))
-    [claimed] = jobs.claim(1)[0]
-    jobs.complete(claimed.row["id"], {"seeds": [0, 1]}, [b"first", b"second"])
+    [claimed] = jobs.leases.claim(1)[0]
+    jobs.leases.complete(claimed.row["id"], {"seeds": [0, 1]}, [b"first", b"second"])
     store.close()
     return tmp_path / "data"
 
@@ -60,11 +60,11 @@ def test_show(folder: Path) -> None:
 def test_cancel_beside_a_server(folder: Path) -> None:
     server = Store(folder)
     jobs = Jobs(server)
-    [claimed] = jobs.claim(1)[0]
+    [claimed] = jobs.leases.claim(1)[0]
     waiting = ids(folder, "--status", "queued")[0]
     assert run("cancel", waiting, "--data-dir", folder).strip() == "cancelled"
     assert "asked to stop" in run("cancel", claimed.row["id"], "--data-dir", folder)
-    assert jobs.renew({claimed.row["id"]: (0, 0)}) == {claimed.row["id"]}, "the server is told"
+    assert jobs.leases.renew({claimed.row["id"]: (0, 0)}) == {claimed.row["id"]}, "the server is told"
     assert jobs.get(waiting, None)["status"] == "cancelled"
     server.close()
 

@@ -138,8 +138,8 @@ def test_replicas_share_the_jobs_of_one_postgresql(ray: Ray, scale: Any, monkeyp
         new = NewJob("me", {"prompt": "a ring"}, {}, "f")
         job = stores[0].jobs.submit(new)[0]["id"]
         assert stores[1].jobs.get(job, "me")["status"] == "queued"
-        (claimed,), _, _ = stores[1].jobs.claim(5)
-        assert (claimed.row["id"], stores[0].jobs.claim(5)[0]) == (job, [])
+        (claimed,), _, _ = stores[1].jobs.leases.claim(5)
+        assert (claimed.row["id"], stores[0].jobs.leases.claim(5)[0]) == (job, [])
         for one in stores:
             one.store.close()
 
