@@ -109,6 +109,7 @@ class Metrics:
         self.weight_bytes = gauge(
             "model_weight_bytes", "Weights on the device, by part: base, text_encoder, adapter.", "model", "part"
         )
+        self.adapter_bytes = gauge("adapter_memory_bytes", "LoRAs on the device, with those that only run.", "model")
         self.load_seconds = gauge("model_load_duration_seconds", "Time to load a model.", "model")
         self.ready = gauge("ready", "1 where new work is taken.")
         self.jobs = gauge("jobs", "Jobs in the store.", "status")

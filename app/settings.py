@@ -29,7 +29,7 @@ class Settings(BaseSettings):
         BUNDLED_MODELS,
         description="Models to serve: bundled name, directory, hub id or .safetensors file. First is default.",
     )
-    adapter: Names = Field((), description="Guidance students, MODEL=PATH each, known by the path's last part.")
+    adapter: Names = Field((), description="LoRAs, students or styles, MODEL=PATH each, known by the path's last part.")
     plan: Names = Field((), description="DiTFastAttn plans, MODEL=PATH each, known by the file's name.")
     profile: Names = Field((), description="Measured profiles, MODEL=PATH each, known by the file's name.")
     config: Names = Field(
@@ -72,6 +72,9 @@ class Settings(BaseSettings):
     )
     max_feature_bytes: int = Field(
         4 * 2**30, ge=0, description="Remembered features above which no further image is started."
+    )
+    max_adapter_bytes: int = Field(
+        4 * 2**30, ge=2**20, description="LoRAs of a model kept on its device; the ones used longest ago leave it."
     )
     decode_chunk: int = Field(4, ge=1, le=64, description="Images decoded between two ticks.")
     max_body_bytes: int = Field(24 * 2**20, ge=1024, description="Size of a request's body, also when unpacked.")

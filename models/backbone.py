@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.adapters.lora import Lora
+from models.adapters.lora import Applied
+from models.adapters.registry import Adapters
 from models.costs.counter import MacCounter
 from models.families.base import Family, Parts
 from models.families.vae import posterior
@@ -21,7 +22,7 @@ from models.request import Run
 from models.reuse.plans import Role
 from models.reuse.rows import Conditioning, Row
 from models.reuse.store import FeatureStore
-from models.spec import ModelSpec
+from models.spec import AdapterInfo, ModelSpec
 
 Stepping = Literal["exact", "batched"]
 """Schedulers take their own steps, one trajectory at a time; or all of a tick step together, by tables of theirs."""
@@ -37,7 +38,7 @@ class Backbone:
     network: Network
     parts: Parts
     scheduler_config: Mapping[str, Any]
-    loras: Mapping[str, Lora]
+    adapters: Adapters
     stepping: Stepping = "exact"
     batch_invariant: bool = False
     """Whether every picture is computed by itself, so that its bits do not depend on what else is asked for."""
@@ -131,19 +132,18 @@ class Backbone:
         return sum(p.nbytes for module in self.parts.encoders() for p in module.parameters())
 
     def adapter_bytes(self) -> int:
-        """Bytes that the adapters add."""
-        return sum(lora.nbytes for lora in self.loras.values())
+        """Bytes of the adapters that are on the device."""
+        return self.adapters.nbytes
+
+    def applied(self, info: AdapterInfo, scale: float) -> Applied:
+        """An adapter as the rows of a run take it: on the device. Raises `UnknownAdapter` where its file is gone."""
+        return Applied.of(self.adapters.fetch(info), scale, self.device, self.dtype)
 
     @cached_property
     def digest(self) -> str:
         """Tells one model's weights from another's: network, text encoders and VAE."""
         modules = (self.network.module, *self.parts.encoders(), self.parts.vae)
         return fingerprint(named for module in modules for named in module.state_dict().items())
-
-    def adapter_digest(self, name: str) -> str:
-        """Tells one adapter's weights from another's."""
-        terms = self.loras[name].terms
-        return fingerprint((f"{key} {i}", t) for key in sorted(terms) for i, t in enumerate(terms[key].tensors))
 
     @property
     def prompt_cache_bytes(self) -> int:
@@ -154,3 +154,4 @@ class Backbone:
         """Give back what nobody needs or what can be made again, for when the device has no memory left."""
         self.features.trim()
         self.parts.prompts.release()
+        self.adapters.release()

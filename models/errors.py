@@ -45,6 +45,10 @@ class StudentConflict(RequestError):
     """A guidance scale or a negative prompt that a distilled student has baked in differently."""
 
 
+class UnknownAdapter(RequestError):
+    """A LoRA that the model does not have, or whose file is gone."""
+
+
 class PlanMismatch(RequestError):
     """A DiTFastAttn plan that was searched for another model, scheduler, step count or size."""
 

@@ -69,6 +69,8 @@ def start(backbone: Backbone, run: Run) -> list[Trajectory]:
     kind = backbone.group(run)
     pictures = encode(backbone, run)
     solver = table_for(backbone, run)
+    student = None if run.student is None else backbone.applied(run.student, 1.0)
+    styles = tuple(backbone.applied(info, scale) for info, scale in run.loras)
     trajectories = []
     for i, seed in enumerate(run.seeds):
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -88,8 +90,9 @@ def start(backbone: Backbone, run: Run) -> list[Trajectory]:
                 generator=generator,
                 step_options=takes(scheduler.__class__),
                 kind=kind,
-                lora=backbone.loras[run.adapter] if run.adapter is not None else None,
                 outside=begun.outside,
+                student=student,
+                styles=styles,
             )
         )
     return trajectories

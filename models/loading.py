@@ -17,7 +17,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from models.adapters.lora import load_lora
+from models.adapters.files import load_lora
+from models.adapters.registry import Adapters
 from models.backbone import Backbone, Stepping
 from models.device import auto_dtype, find_device
 from models.errors import ModelLoadError
@@ -49,6 +50,7 @@ def load(
     stepping: Stepping | Literal["auto"] = "auto",
     offload_text_encoders: bool = False,
     batch_invariant: bool = False,
+    max_adapter_bytes: int | None = None,
 ) -> Backbone:
     """Load a model: a bundled name, a directory in diffusers' layout, a hub id, or one `.safetensors` file.
 
@@ -61,6 +63,7 @@ def load(
     `compile` compiles the repeated blocks (torch.compile, any batch size); what differs by row stays out of the graphs.
     `offload_text_encoders` keeps them on the host and has them on the device only while they encode.
     `batch_invariant` computes every picture and prompt by itself: the same bits, whatever else is asked for meanwhile.
+    `max_adapter_bytes` bounds the adapters that stay on the device: the ones used longest ago leave it, and come back.
     Raises `ModelLoadError` where the files are not a servable model, with the config key that is not implemented, and
     for a `dtype` or `stepping` that there is not.
     """
@@ -89,8 +92,10 @@ def load(
         pipeline.vae.to(torch.float32)
     extras = _extras(source.directory)
     digest = config_hash(known)
-    students = {**(_found(source.directory, "adapters") if depth is None else {}), **(adapters or {})}
-    loras = {n: load_lora(p, module, digest, n) for n, p in students.items()}
+    files_of_adapters = {**(_found(source.directory, "adapters") if depth is None else {}), **(adapters or {})}
+    registry = Adapters(lambda path, name: load_lora(path, module, digest, name), max_adapter_bytes)
+    for adapter, path in files_of_adapters.items():
+        registry.register(path, adapter)
     files = {**_found(source.directory, "plans", ".json"), **(plans or {})}
     measured = {**_found(source.directory, "profiles", ".json"), **(profiles or {})}
     how: Stepping = stepping if stepping != "auto" else auto_stepping(device, dtype)
@@ -98,11 +103,11 @@ def load(
     prompts = PromptCache(alone=batch_invariant)
     parts = Parts(pipeline, module.config, device, dtype, text_tokens, prompts, offload=offload_text_encoders)
     spec = _spec(short_name(name), family, digest, network, parts, extras, how).with_extras(
-        {n: lora.info for n, lora in loras.items()},
+        registry,
         {n: p if isinstance(p, Plan) else Plan.load(p) for n, p in files.items()},
         {n: p if isinstance(p, Profile) else load_profile(p, digest, n) for n, p in measured.items()},
     )
-    return Backbone(spec, family, network, parts, pipeline.scheduler.config, loras, how, batch_invariant)
+    return Backbone(spec, family, network, parts, pipeline.scheduler.config, registry, how, batch_invariant)
 
 
 def auto_stepping(device: torch.device, dtype: torch.dtype) -> Stepping:

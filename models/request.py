@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from models.accelerators import Accelerator
 from models.costs.usage import Usage
+from models.errors import RequestError
 from models.guidance import Scales
 from models.profiles.choice import Chosen
 from models.reuse.plans import StepRows
 from models.solvers.names import NoiseSchedule
+from models.spec import AdapterInfo
+
+
+@dataclass(frozen=True)
+class LoraScale:
+    """A registered style, and how strongly it acts; 1 is as it was trained."""
+
+    name: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,7 +38,8 @@ class Request:
     for SDXL, `pooled_prompt_embeds` [1, dim]; `class_label` for class-conditional models; `latents`
     [num_images, channels, height / scale, width / scale] as the starting noise, of unit variance.
     Image `i` of `num_images` is drawn from `seed + i`. `quality` (low, medium, high, auto) may stand in place of
-    `acceleration`. `mask` has the size of `image`: what of it is transparent (or, without transparency, white) is made
+    `acceleration`. `loras` are registered styles with their scales, as `LoraScale` or {"name", "scale"}.
+    `mask` has the size of `image`: what of it is transparent (or, without transparency, white) is made
     anew, the rest is the picture to its latents' round trip.
     """
 
@@ -48,6 +60,7 @@ class Request:
     timestep_warp: float = 1.0
     acceleration: Accelerator | Sequence[Accelerator] = ()
     quality: str | None = None
+    loras: Sequence[LoraScale | Mapping[str, Any]] = ()
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
     prompt_attention_mask: Tensor | None = None
@@ -56,6 +69,14 @@ class Request:
     negative_pooled_prompt_embeds: Tensor | None = None
     class_label: int | None = None
     latents: Tensor | None = None
+
+    @property
+    def styles(self) -> tuple[LoraScale, ...]:
+        """The LoRAs, however they were given. Raises `RequestError`."""
+        try:
+            return tuple(one if isinstance(one, LoraScale) else LoraScale(**one) for one in self.loras)
+        except TypeError as error:
+            raise RequestError("loras", 'each is a name and a scale: {"name": "watercolour", "scale": 0.8}') from error
 
     @property
     def accelerators(self) -> tuple[Accelerator, ...]:
@@ -99,12 +120,18 @@ class Run:
     steps: tuple[StepRows, ...]
     feature_bytes: int  # the most that one image remembers between steps
     seeds: tuple[int, ...]
-    adapter: str | None
+    student: AdapterInfo | None
     cfg_scale: float  # by which the rows of a guided step are combined
     plain_roles: int  # rows a step without acceleration
     plain_steps: int  # steps without acceleration: where `auto` chose, those that were asked for
     image_guidance_scale: float | None = None  # where the model edits
     profile: Chosen | None = None  # where `auto` chose
+    loras: tuple[tuple[AdapterInfo, float], ...] = ()  # styles with their scales
+
+    @property
+    def adapter(self) -> str | None:
+        """The student's name."""
+        return None if self.student is None else self.student.name
 
     @property
     def scales(self) -> Scales:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from models.errors import (
     NoProfile,
     OutOfRange,
     RequestError,
+    UnknownAdapter,
     WrongBackbone,
     cut,
 )
@@ -25,11 +26,13 @@ from models.profiles.choice import QUALITIES, Chosen, Outlook, choose, find, pro
 from models.request import Request, Run
 from models.reuse.compile import compile_run, feature_bytes
 from models.solvers.names import REGISTRY, NoiseSchedule, noise_schedule
-from models.spec import ModelSpec, RunSpec
+from models.spec import AdapterInfo, ModelSpec, RunSpec
 
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 STRENGTH = 0.8  # of image-to-image where the request says nothing, as in diffusers
+MAX_LORAS = 8
+MAX_LORA_SCALE = 10.0
 OPTIONAL_INPUTS = frozenset(
     {
         "negative_prompt",
@@ -129,9 +132,9 @@ def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Req
         image_scale = _number("image_guidance_scale", request.image_guidance_scale, 1.0, 100.0)
     accelerators = _bind(model, request, schedule, scheduler, count, cfg_scale)
     guided = _guides(model, cfg_scale) and needs_guidance(accelerators)
-    adapter = next((a.adapter for a in accelerators if hasattr(a, "adapter")), None)
-    if adapter is not None:
-        cfg_scale = model.adapters[adapter].guidance_scale
+    student = _student(model, accelerators)
+    if student is not None and student.guidance_scale is not None:
+        cfg_scale = student.guidance_scale
         scale = cfg_scale if model.guided_by == "guidance_scale" else scale
     images = _integer("num_images", request.num_images, 1, 10_000)
     seed = _integer("seed", request.seed, 0, MAX_SEED - images, least=0)
@@ -158,12 +161,41 @@ def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Req
         feature_bytes=mask_bytes
         + feature_bytes(model.sites, steps, *latent_size, model.itemsize, model.latent_itemsize),
         seeds=tuple(seed + i for i in range(images)),
-        adapter=adapter,
+        student=student,
+        loras=_loras(model, request),
         cfg_scale=cfg_scale,
         plain_roles=len(model.roles) if _guides(model, cfg_scale) else 1,
         plain_steps=len(steps),
         image_guidance_scale=image_scale,
     )
+
+
+def _student(model: ModelSpec, accelerators: Sequence[Accelerator]) -> AdapterInfo | None:
+    name = next((a.adapter for a in accelerators if hasattr(a, "adapter")), None)
+    if name is None:
+        return None
+    if (info := model.adapters.get(name)) is None:
+        raise UnknownAdapter("acceleration.adapter", f"{model.name} has no adapter {cut(name)!r} any more")
+    return info
+
+
+def _loras(model: ModelSpec, request: Request) -> tuple[tuple[AdapterInfo, float], ...]:
+    """The styles of a request, each once, in a finite scale."""
+    asked, adapters = request.styles, dict(model.adapters)
+    if len(asked) > MAX_LORAS:
+        raise OutOfRange("loras", f"{len(asked)} are more than {MAX_LORAS}")
+    found: list[tuple[AdapterInfo, float]] = []
+    for i, one in enumerate(asked):
+        _number(f"loras.{i}.scale", one.scale, -MAX_LORA_SCALE, MAX_LORA_SCALE)
+        info = adapters.get(one.name)
+        if info is None or info.student:
+            known = ", ".join(name for name, other in adapters.items() if not other.student) or "none"
+            kind = "a guidance student, for cfg_student" if info is not None else f"no LoRA of {model.name}"
+            raise UnknownAdapter(f"loras.{i}.name", f"{cut(str(one.name))!r} is {kind} (registered: {known})")
+        if any(info is other for other, _ in found):
+            raise OutOfRange(f"loras.{i}.name", f"{cut(one.name)!r} is named twice")
+        found.append((info, float(one.scale)))
+    return tuple(found)
 
 
 def _cfg_scale(model: ModelSpec, request: Request, scale: float) -> float:

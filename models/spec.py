@@ -27,15 +27,20 @@ def short_name(model: str) -> str:
     return PurePath(model).name.removesuffix(".safetensors")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdapterInfo:
-    """A guidance student: a LoRA file whose metadata says what was distilled."""
+    """A registered LoRA: a guidance student, whose file says at which scale it was distilled, or a style."""
 
     name: str
-    guidance_scale: float
-    rank: int
+    guidance_scale: float | None
+    rank: int  # the highest of its layers
     parameters: int
     negative_prompt: str = ""
+
+    @property
+    def student(self) -> bool:
+        """Whether it stands for guidance (`cfg_student`); else requests name it in `loras`."""
+        return self.guidance_scale is not None
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,18 @@ class ModelSpec:
     def with_extras(
         self, adapters: Mapping[str, AdapterInfo], plans: Mapping[str, Plan], profiles: Mapping[str, Profile] = {}
     ) -> ModelSpec:
-        """The same model with adapters, plans and profiles registered."""
-        return replace(self, adapters=dict(adapters), plans=dict(plans), profiles=dict(profiles))
+        """The same model with adapters, which may come and go, plans and profiles registered."""
+        return replace(self, adapters=adapters, plans=dict(plans), profiles=dict(profiles))
+
+    @property
+    def students(self) -> dict[str, AdapterInfo]:
+        """The adapters that stand for guidance."""
+        return {name: info for name, info in tuple(self.adapters.items()) if info.student}
+
+    @property
+    def styles(self) -> dict[str, AdapterInfo]:
+        """The adapters that requests name in `loras`."""
+        return {name: info for name, info in tuple(self.adapters.items()) if not info.student}
 
     def profile(
         self, scheduler: str, num_inference_steps: int, width: int, height: int, guidance_scale: float | None = None

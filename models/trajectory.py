@@ -17,7 +17,7 @@ from models.reuse.store import Memory
 from models.reuse.turns import Turn, settled
 
 if TYPE_CHECKING:
-    from models.adapters.lora import Lora
+    from models.adapters.lora import Applied
     from models.masks import Outside
     from models.solvers.tables import Table
 
@@ -50,8 +50,9 @@ class Trajectory:
     step_options: Mapping[str, Any]
     table: Table | None = None
     kind: Hashable = ()
-    lora: Lora | None = None
     outside: Outside | None = None  # with a mask: what its latents are outside of it
+    student: Applied | None = None
+    styles: tuple[Applied, ...] = ()
     step: int = 0
     watched: bool = False  # keep what `preview` needs
     foreseen: Tensor | None = None  # the clean latents that the last prediction points to; `watched` runs only
@@ -113,10 +114,16 @@ class Trajectory:
         if self.turn is None and self.plan.gated:
             self.turn = Turn(self.gate, self.step)
         return [
-            Row(plan, role, self, self.memory[role], self.lora if plan.adapter is not None else None, self.turn)
+            Row(plan, role, self, self.memory[role], self._adapters(plan), self.turn)
             for role, plan in self.plans().items()
             if role != OUTPUT
         ]
+
+    def _adapters(self, plan: RowPlan) -> tuple[Applied, ...]:
+        """A student where the plan asks for it; styles in every row."""
+        if plan.adapter is None or self.student is None:
+            return self.styles
+        return (self.student, *self.styles)
 
     def moved(self, state: Tensor) -> None:
         """Take the next state, and forget what no later step wants."""

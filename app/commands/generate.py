@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +30,9 @@ from app.commands.options import (
     parse_size,
     progress_bar,
 )
+
+if TYPE_CHECKING:
+    from models.request import LoraScale
 
 
 def generate(
@@ -58,6 +61,9 @@ def generate(
     acceleration: AccelerationOption = None,
     quality: Annotated[
         str | None, typer.Option(help="low, medium, high or auto, in place of --acceleration: what auto prefers.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="NAME or NAME:SCALE of a registered style; may be repeated.")
     ] = None,
     adapter: AdapterOption = None,
     plan: PlanOption = None,
@@ -105,6 +111,7 @@ def generate(
         class_label=class_label,
         acceleration=accelerators,
         quality=quality,
+        loras=[_lora(text) for text in lora or ()],
     )
     with progress_bar("denoising") as bar:
         task = bar.task_ids[0]
@@ -121,6 +128,16 @@ def generate(
     usage = result.usage
     saved = 1 - usage.macs / usage.macs_unaccelerated
     console.print(f"{usage.steps} steps, {usage.rows} rows, {usage.macs / 1e9:.3f} GMACs ({saved:.0%} saved)")
+
+
+def _lora(text: str) -> LoraScale:
+    from models.request import LoraScale
+
+    name, _, scale = text.partition(":")
+    try:
+        return LoraScale(name, float(scale) if scale else 1.0)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not NAME:SCALE", param_hint="--lora") from error
 
 
 def register(app: typer.Typer) -> None:

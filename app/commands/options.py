@@ -65,7 +65,8 @@ AccelerationOption = Annotated[
     typer.Option("--acceleration", help="mode[:key=value[,key=value]...]; compose by + or by repeating."),
 ]
 AdapterOption = Annotated[
-    list[str] | None, typer.Option("--adapter", help="NAME=PATH of a LoRA student to register with the model.")
+    list[str] | None,
+    typer.Option("--adapter", help="NAME=PATH of a LoRA, student or style, to register with the model."),
 ]
 PlanOption = Annotated[list[str] | None, typer.Option("--plan", help="NAME=PATH of a DiTFastAttn plan to register.")]
 ProfileOption = Annotated[

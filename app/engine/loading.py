@@ -40,7 +40,8 @@ def warm_all(backbones: Mapping[str, Backbone], settings: Settings, metrics: Met
         encoders = backbone.encoder_bytes()
         metrics.weight_bytes.labels(name, "base").set(backbone.weight_bytes() - encoders)
         metrics.weight_bytes.labels(name, "text_encoder").set(encoders)
-        metrics.weight_bytes.labels(name, "adapter").set(backbone.adapter_bytes())
+        metrics.weight_bytes.labels(name, "adapter").set_function(backbone.adapter_bytes)
+        metrics.adapter_bytes.labels(name).set_function(backbone.adapter_bytes)
         caps[name] = _warm(name, backbone, settings, pace)
         _count(name, backbone)
     return caps
@@ -71,6 +72,7 @@ def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
         compile=settings.compile,
         offload_text_encoders=settings.offload_text_encoders,
         batch_invariant=settings.batch_invariant,
+        max_adapter_bytes=settings.max_adapter_bytes,
     )
     if device.type == "cpu":
         keep_freed_memory()

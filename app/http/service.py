@@ -26,7 +26,7 @@ from app.settings import Settings
 from models.backbone import Backbone
 from models.costs.macs import usage
 from models.errors import cut
-from models.request import Request, Run
+from models.request import LoraScale, Request, Run
 from models.resolve import resolve, wish_of
 from models.reuse.plans import StepRows
 
@@ -206,6 +206,7 @@ class Service:
             timestep_warp=asked.timestep_warp,
             acceleration=asked.accelerators,
             quality=asked.quality,
+            loras=[LoraScale(one.name, one.scale) for one in asked.loras],
             class_label=asked.class_label,
         )
         seconds = asked.timeout_seconds or self.settings.deadline_seconds

@@ -293,8 +293,8 @@ class Runner:
         """The digests of what a job runs on, by what it is."""
         backbone = self.service.backbone(model)
         found = {"model": backbone.digest}
-        if adapter is not None and adapter in backbone.loras:
-            found["adapter"] = backbone.adapter_digest(adapter)
+        if adapter is not None and adapter in backbone.adapters:
+            found["adapter"] = backbone.adapters.digest(backbone.adapters[adapter])
         return found
 
 

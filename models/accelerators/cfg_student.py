@@ -24,15 +24,15 @@ class CfgStudent(Accelerator):
 
     def bind(self, model: ModelSpec, run: RunSpec) -> Self:
         """Look the adapter up and refuse what it has baked in differently."""
-        known = ", ".join(model.adapters) or "none"
-        name = self.adapter or (next(iter(model.adapters)) if len(model.adapters) == 1 else None)
+        students = model.students
+        known = ", ".join(students) or "none"
+        name = self.adapter or (next(iter(students)) if len(students) == 1 else None)
         if name is None:
-            raise StudentConflict("acceleration.adapter", f"name one of the adapters of {model.name} ({known})")
-        info = model.adapters.get(name)
+            raise StudentConflict("acceleration.adapter", f"name one of the students of {model.name} ({known})")
+        info = students.get(name)
         if info is None:
-            raise StudentConflict(
-                "acceleration.adapter", f"{model.name} has no adapter {cut(name)!r} (registered: {known})"
-            )
+            kind = "a style, for the field loras" if name in model.adapters else f"no student of {model.name}"
+            raise StudentConflict("acceleration.adapter", f"{cut(name)!r} is {kind} (registered: {known})")
         if run.guidance_scale is not None and run.guidance_scale != info.guidance_scale:
             reason = f"the student {name!r} was distilled at {info.guidance_scale:g}, not {run.guidance_scale:g}"
             raise StudentConflict("guidance_scale", reason)

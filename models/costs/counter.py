@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.adapters.lora import Lora, meta_lora
+from models.adapters.lora import Applied, Lora, meta_lora
 from models.families import Family, of_network
 from models.networks.base import Network
 from models.networks.sites import MODULES, attention, blocks, level
@@ -51,7 +50,6 @@ class MacCounter:
         self.family = of_network(config) if family is None else family
         self.attention_matmuls = attention_matmuls
         self._depth = depth
-        self._loras: WeakKeyDictionary[Lora, Lora] = WeakKeyDictionary()
         self._counts: OrderedDict[tuple[Any, ...], int] = OrderedDict()
         self._keeping = threading.Lock()
         self._counting = threading.RLock()  # a count may need another
@@ -88,15 +86,6 @@ class MacCounter:
                     self._counts.popitem(last=False)
             return counted
 
-    def meta(self, lora: Lora | None) -> Lora | None:
-        """An adapter without weights, which is let go of with the adapter."""
-        if lora is None:
-            return None
-        with self._counting:
-            if lora not in self._loras:
-                self._loras[lora] = meta_lora(lora)
-            return self._loras[lora]
-
     def _known(self, key: tuple[Any, ...]) -> int | None:
         with self._keeping:
             if key in self._counts:
@@ -117,26 +106,28 @@ class Counts:
         self._size = latent_size
         self._text_tokens = text_tokens
 
-    def row(self, plan: RowPlan, lora: Lora | None = None) -> int:
-        """MACs of one row of one forward."""
-        return self._row(plan, self._counter.meta(lora))
+    def row(self, plan: RowPlan, adapters: Sequence[Lora] = ()) -> int:
+        """MACs of one row of one forward, under adapters (without weights is enough)."""
+        plain = self._row(plan, None)
+        return plain + sum(self._row(plan, lora) - plain for lora in adapters)
 
     def _row(self, plan: RowPlan, lora: Lora | None) -> int:
         if isinstance(self._network, UNet):
             depth = min((site.start for site in plan.reads if site.kind == "level"), default=None)
             short = RowPlan() if depth is None else RowPlan(reads={level(depth): Reading(Zeros())})
-            return self._cached(("unet", depth, lora), lambda: self._unet(short, lora))
+            return self._cached(("unet", depth, lora and lora.shapes), lambda: self._unet(short, lora))
         skipped = [range(s.start, s.stop or 0) for s in plan.reads if s.kind == "blocks"]
         run = [block for block in range(self._network.depth) if not any(block in inside for inside in skipped)]
         return self._cached(("frame",), self._frame) + sum(self._block(plan, block, lora) for block in run)
 
-    def step(self, rows: StepRows, lora: Lora | None = None) -> int:
-        """MACs of one step of one trajectory."""
-        return sum(self.row(plan, lora if plan.adapter else None) for plan in rows)
+    def step(self, rows: StepRows, student: Lora | None = None, styles: Sequence[Lora] = ()) -> int:
+        """MACs of one step of one trajectory: the student where a plan asks for it, styles in every row."""
+        taught = styles if student is None else (student, *styles)
+        return sum(self.row(plan, taught if plan.adapter else styles) for plan in rows)
 
-    def run(self, steps: Iterable[StepRows], lora: Lora | None = None) -> int:
+    def run(self, steps: Iterable[StepRows], student: Lora | None = None, styles: Sequence[Lora] = ()) -> int:
         """MACs of one trajectory."""
-        return sum(self.step(rows, lora) for rows in steps)
+        return sum(self.step(rows, student, styles) for rows in steps)
 
     def _cached(self, key: tuple[Any, ...], count: Callable[[], int]) -> int:
         return self._counter.kept((self._size, self._text_tokens, *key), count)
@@ -149,7 +140,7 @@ class Counts:
         recalled = tuple((site.kind, len(one.entries)) for site, one in _modules(plan, block).items())
         assert isinstance(self._network, Transformer)  # noqa: S101
         alike = self._network.kind(block) if lora is None else block
-        key = ("block", reuse, recalled, residuals, lora, alike)
+        key = ("block", reuse, recalled, residuals, lora and lora.shapes, alike)
         return self._cached(key, lambda: self._one_block(plan, block, lora))
 
     @torch.inference_mode()
@@ -161,7 +152,7 @@ class Counts:
         twin = reading is not None and isinstance(reading.reuse, Twin)
         keep = frozenset(f for f in plan.keep if f.site == site)
         reads = _modules(plan, block)
-        row = Row(RowPlan(0, reads, keep), "conditional", self, lora=lora)
+        row = Row(RowPlan(0, reads, keep), "conditional", self, adapters=_applied(lora))
         partner = Row(RowPlan(0, {}, keep), "conditional", self)
         if twin:
             row.role = "unconditional"
@@ -196,7 +187,7 @@ class Counts:
 
     def _unet(self, plan: RowPlan, lora: Lora | None) -> int:
         x, t, conditioning = self._inputs(1)
-        row = Row(plan, "conditional", self, lora=lora)
+        row = Row(plan, "conditional", self, adapters=_applied(lora))
         return self._count(lambda: self._network.forward(x, t, conditioning, [row], FeatureStore()))
 
     def _inputs(self, rows: int) -> tuple[Tensor, Tensor, Conditioning]:
@@ -210,6 +201,11 @@ class Counts:
         with _Flops(display=False) as counter, torch.inference_mode(), hidden:
             forward()
         return int(counter.get_total_flops()) // 2
+
+
+def _applied(lora: Lora | None) -> tuple[Applied, ...]:
+    """An adapter, or none, as a row has it; on the meta device."""
+    return () if lora is None else (Applied.of(meta_lora(lora), 1.0, "meta", torch.float32),)
 
 
 def _modules(plan: RowPlan, block: int) -> dict[Site, Reading]:

@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from models.accelerators import Accelerator
+from models.adapters.lora import Lora
 from models.backbone import Backbone
 from models.costs.counter import Counts, MacCounter
 from models.costs.usage import Usage
@@ -30,11 +31,18 @@ def usage(backbone: Backbone, run: Run, ran: Sequence[Sequence[StepRows]] | None
     """
     given = run.request.prompt_embeds
     counts = counts_of(backbone, run.width, run.height, None if given is None else given.shape[1])
-    lora = backbone.loras[run.adapter] if run.adapter is not None else None
+    student, styles = _weightless(backbone, run)
     images = len(run.seeds)
     plain = counts.row(RowPlan()) * run.plain_steps * run.plain_roles
-    macs = counts.run(run.steps, lora) * images if ran is None else sum(counts.run(steps, lora) for steps in ran)
+    each = [run.steps] * images if ran is None else ran
+    macs = sum(counts.run(steps, student, styles) for steps in each)
     return Usage(len(run.steps), run.num_rows, macs, plain * images, run.evaluations)
+
+
+def _weightless(backbone: Backbone, run: Run) -> tuple[Lora | None, tuple[Lora, ...]]:
+    """A run's student and its styles, for counting."""
+    known = backbone.adapters.weightless
+    return (None if run.student is None else known(run.student)), tuple(known(info) for info, _ in run.loras)
 
 
 def counts_of(backbone: Backbone, width: int, height: int, text_tokens: int | None = None) -> Counts:
@@ -77,10 +85,10 @@ def macs(
     """
     if isinstance(model, Backbone):
         spec, text_tokens = model.spec, model.parts.text_tokens
-        scheduler_config, loras = model.scheduler_config, model.loras
+        scheduler_config = model.scheduler_config
         counter = model.counter if attention_matmuls else model.make_counter(attention_matmuls=False)
     else:
-        family, loras = of_network(model), {}
+        family = of_network(model)
         text_tokens = family.usual_text_tokens
         counter = MacCounter(model, attention_matmuls, family=family)
         spec, scheduler_config = bare_spec(family, counter.network), bare_scheduler(family)
@@ -96,8 +104,8 @@ def macs(
     run = resolve(spec, scheduler_config, request)
     size = (run.height // spec.latent_scale, run.width // spec.latent_scale)
     counts = counter.at(size, text_tokens)
-    lora = loras[run.adapter] if run.adapter is not None else None
-    steps = tuple(counts.step(step, lora) for step in run.steps)
+    student, styles = _weightless(model, run) if isinstance(model, Backbone) else (None, ())
+    steps = tuple(counts.step(step, student, styles) for step in run.steps)
     row = counts.row(RowPlan())
     plain = row * len(steps) * run.plain_roles
     return MacReport(row, steps, sum(steps), plain, counter.parameters)

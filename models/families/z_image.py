@@ -83,7 +83,7 @@ class ZImageNetwork(Transformer):
     ) -> tuple[Tensor, BlockInputs, Tensor]:
         """See `Transformer`."""
         module = self.module
-        attention = AttentionRows(rows, segments(rows)) if any(row.lora is not None for row in rows) else None
+        attention = AttentionRows(rows, segments(rows)) if any(row.adapters for row in rows) else None
         time: Tensor = module.t_embedder((1000 - t) / 1000 * module.t_scale).type_as(x)
         tokens = conditioning["caption_tokens"]
         padded = tokens + (-tokens) % MULTIPLE  # of each row, [rows]

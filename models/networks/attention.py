@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from models.adapters.lora import Source
+from models.adapters.low_rank import add_terms
 from models.errors import ModelLoadError
 from models.networks.window import window_attention
 from models.reuse.plans import Reading, Recall, Twin, Window
@@ -142,12 +143,10 @@ class RowAttention:
 
     def _adapt(self, source: Source, x: Tensor, outs: Mapping[str, Tensor], parts: tuple[Segment, ...]) -> None:
         """Add the adapters' terms of x to the projections that read it, in place."""
+        key = (self.path, source)
         for part in parts:
-            if (term := part.lora.terms.get((self.path, source))) is not None:
-                inner = F.linear(part.of(x), term.down).flatten(0, 1)  # [tokens, ranks]
-                for (name, up), h in zip(term.ups, inner.split_with_sizes(term.ranks, dim=1), strict=True):
-                    out = part.of(outs[name]).view(-1, up.shape[1])
-                    torch.addmm(out, h, up, out=out)  # not addmm_, which flop counters do not know
+            found = [[(one.lora.terms[key], one) for one in g if key in one.lora.terms] for g in part.groups]
+            add_terms({name: part.of(out) for name, out in outs.items()}, part.of(x), found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from models.networks.gating import gates_of
 from models.networks.modules import touches
 from models.networks.sites import MODULES, attention
 from models.reuse.plans import RowPlan
-from models.reuse.rows import Conditioning, Places, Row, kept, put, segments
+from models.reuse.rows import Conditioning, Places, Row, by_adapters, kept, put, segments
 from models.reuse.sites import Feature, Site, Sites
 from models.reuse.store import FeatureStore
 
@@ -77,7 +77,7 @@ class Transformer(ABC):
         """Predict from latents x [rows, channels, height, width] at times t [rows], in the order given."""
         places = Places(x)
         gates = gates_of(rows, store, places)
-        order = sorted(range(len(rows)), key=lambda i: (*_zone(rows[i].plan), rows[i].plan.adapter or ""))
+        order = sorted(range(len(rows)), key=lambda i: (*_zone(rows[i].plan), by_adapters(rows[i])))
         x, t = places.take(x, order), places.take(t, order)
         conditioning = {name: places.take(value, order) for name, value in conditioning.items()}
         rows = [rows[i] for i in order]
@@ -187,4 +187,4 @@ def attention_rows(rows: Sequence[Row], block: int, store: FeatureStore, places:
     modules = any(touches(row.plan, other) for other in others for row in rows)
     if special or modules:
         return AttentionRows(rows, segments(rows), site if special else None, store, places, modules)
-    return AttentionRows(rows, segments(rows)) if any(row.lora is not None for row in rows) else None
+    return AttentionRows(rows, segments(rows)) if any(row.adapters for row in rows) else None

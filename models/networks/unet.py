@@ -21,7 +21,7 @@ from models.networks.gating import Gates, gates_of
 from models.networks.levels import levels_of
 from models.networks.sites import UNetSites, level
 from models.reuse.plans import Zeros
-from models.reuse.rows import Conditioning, Places, Row, keep, segments
+from models.reuse.rows import Conditioning, Places, Row, by_adapters, keep, segments
 from models.reuse.sites import Feature
 from models.reuse.store import FeatureStore
 
@@ -96,7 +96,7 @@ class UNet:
                 -depths[i],
                 rows[i].plan.gating is not None,
                 depths[i] < self.depth and self._zeros(rows[i], depths[i]),
-                rows[i].plan.adapter or "",
+                by_adapters(rows[i]),
             ),
         )
         x, t = places.take(x, order), places.take(t, order)
@@ -113,7 +113,7 @@ class UNet:
             [depths[i] for i in order],
             self._embed(x, t, conditioning),
             conditioning.get("encoder_hidden_states"),
-            AttentionRows(rows, segments(rows)) if any(row.lora for row in rows) else None,
+            AttentionRows(rows, segments(rows)) if any(row.adapters for row in rows) else None,
             any(side % factor for side in x.shape[-2:]),
             store,
             places,

@@ -101,7 +101,7 @@ def defaults(spec: ModelSpec) -> list[Acceleration]:
     """What is evaluated of a model where nothing is named: every accelerator for text-to-image, at a few settings."""
     runs: list[Acceleration] = [[Forecast(interval=2)], [Forecast(interval=3)]]
     runs += [[SelectiveGuidance(stop=stop)] for stop in (0.8, 0.5)]
-    students = [[CfgStudent(adapter=name)] for name in spec.adapters]
+    students = [[CfgStudent(adapter=name)] for name in spec.students]
     if spec.family == "unet":
         caches: list[Accelerator] = [
             DeepCache(interval=2),

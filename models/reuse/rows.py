@@ -1,7 +1,8 @@
-"""The lines of a forward batch: each row brings its plan, its memory and its adapter; nothing is kept elsewhere."""
+"""The lines of a forward batch: each row brings its plan, its memory and its adapters; nothing is kept elsewhere."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from models.reuse.store import FeatureStore, Memory
 from models.reuse.turns import Turn
 
 if TYPE_CHECKING:
-    from models.adapters.lora import Lora
+    from models.adapters.lora import Applied
 
 Conditioning = dict[str, Tensor]
 """What a backbone is conditioned on besides time, by the argument's name; each tensor is [1, ...]."""
@@ -35,17 +36,17 @@ class Row:
     role: Role
     owner: Hashable
     memory: Memory = field(default_factory=Memory)
-    lora: Lora | None = None
+    adapters: tuple[Applied, ...] = ()
     turn: Turn | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Neighbouring rows [start, stop) under one adapter."""
+    """Neighbouring rows [start, stop) under adapters: cut evenly, in their order, into groups that share theirs."""
 
     start: int
     stop: int
-    lora: Lora
+    groups: tuple[tuple[Applied, ...], ...]
 
     def of(self, t: Tensor) -> Tensor:
         """These rows of t [rows, ...]."""
@@ -53,16 +54,35 @@ class Segment:
 
 
 def segments(rows: Sequence[Row]) -> tuple[Segment, ...]:
-    """The runs of neighbouring rows that share an adapter; base rows are in none."""
+    """The runs of neighbouring rows under adapters; base rows are in none."""
     found: list[Segment] = []
-    for i, row in enumerate(rows):
-        if row.lora is None:
+    start = 0
+    while start < len(rows):
+        if not rows[start].adapters:
+            start += 1
             continue
-        if found and found[-1].stop == i and found[-1].lora is row.lora:
-            found[-1] = Segment(found[-1].start, i + 1, row.lora)
-        else:
-            found.append(Segment(i, i + 1, row.lora))
+        stop = next((i for i in range(start, len(rows)) if not rows[i].adapters), len(rows))
+        found.append(_segment([row.adapters for row in rows[start:stop]], start))
+        start = stop
     return tuple(found)
+
+
+def _segment(adapters: Sequence[tuple[Applied, ...]], start: int) -> Segment:
+    sizes, groups = [1], [adapters[0]]
+    for one in adapters[1:]:
+        if len(one) == len(groups[-1]) and all(a.same(b) for a, b in zip(one, groups[-1], strict=True)):
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+            groups.append(one)
+    unit = math.gcd(*sizes)
+    even = (group for group, size in zip(groups, sizes, strict=True) for _ in range(size // unit))
+    return Segment(start, start + len(adapters), tuple(even))
+
+
+def by_adapters(row: Row) -> tuple[tuple[str, float], ...]:
+    """Sorts rows so that those under the same adapters are neighbours, base rows first."""
+    return tuple((one.lora.info.name, one.scale) for one in row.adapters)
 
 
 class Places:

@@ -88,7 +88,7 @@ def calibrate(
         checkpoint,
         {
             "model": [spec.config_hash, backbone.digest, str(backbone.dtype)],
-            "adapters": {name: backbone.adapter_digest(name) for name in sorted(backbone.loras)},
+            "adapters": {name: backbone.adapters.digest(info) for name, info in sorted(backbone.spec.students.items())},
             "run": [run.scheduler, run.num_inference_steps, run.width, run.height, run.guidance_scale],
             "reference": list(reference),
             "requests": digest(requests),

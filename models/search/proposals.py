@@ -112,7 +112,7 @@ def caches(spec: ModelSpec, scheduler: str, steps: int, fit: Fit | None) -> Iter
     if fit is not None:
         found["magcache-o1"] = (MagCache(ratios=fit.mag_ratios, order=1),)
         found["teacache-o1"] = (TeaCache(coefficients=fit.tea_coefficients, order=1),)
-    for adapter in spec.adapters:
+    for adapter in spec.students:
         student = CfgStudent(adapter=adapter)
         found[f"student-{adapter}"] = (student,)
         half = Forecast(evaluations=counts(steps)[0], order=1)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from models import Backbone, generate, load
 from models.accelerators import CfgStudent
-from models.adapters.lora import TARGETS, WEIGHT_NAME, load_lora
+from models.adapters.files import load_lora
+from models.adapters.lora import TARGETS, WEIGHT_NAME
 from models.errors import ModelLoadError
 from tests.integration.test_lora import drawn, network_of, student
 from tests.integration.test_mixed import distance

@@ -19,6 +19,7 @@ from PIL import Image
 
 from app.errors import StoreFull
 from models import Backbone
+from models.adapters.registry import Adapters
 from tests.serving import PROMPT, Served, aio, events, hooked, pixels, serving
 
 Models = Callable[..., Backbone]
@@ -245,10 +246,11 @@ async def test_another_models_weights_make_no_picture(student_of: Models, tmp_pa
         served.app.state.jobs.runner.stopping = True  # accepted, not run
         job = await submit(served, acceleration={"mode": "cfg_student", "adapter": "student"}, guidance_scale=None)
         plain = await submit(served)
-    lora = backbone.loras["student"]
-    terms = {key: replace(term) for key, term in lora.terms.items()}
-    first = next(iter(terms))
-    changed = replace(backbone, loras={"student": replace(lora, terms={k: v for k, v in terms.items() if k != first})})
+    lora = backbone.adapters.fetch(backbone.adapters["student"])
+    other = replace(lora, terms=dict(list(lora.terms.items())[1:]))
+    adapters = Adapters(lambda path, name: other)
+    adapters.register("other", "student")
+    changed = replace(backbone, adapters=adapters, spec=replace(backbone.spec, adapters=adapters))
     async with serving({"sd": changed}, data_dir=tmp_path) as served:
         found = await ended(served, job["id"])
         assert (found["status"], found["error"]["code"], found["error"]["param"]) == (

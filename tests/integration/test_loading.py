@@ -204,7 +204,7 @@ def test_a_server_may_load_a_model_in_part_without_its_students() -> None:
     settings = Settings(model=("shapes-sd",), depth=("shapes-sd=3",), device="cpu", max_rows=2)
     backbones, _ = load_all(settings, Metrics(), Pace())
     assert backbones["shapes-sd"].spec.depth == 3
-    assert not backbones["shapes-sd"].loras
+    assert not backbones["shapes-sd"].adapters
 
 
 FACTS: dict[str, dict[str, Any]] = {

@@ -160,8 +160,8 @@ def test_an_adapter_that_is_gone_is_not_kept_by_its_counts(
     folder = str(pipeline_dir("pixart-alpha"))
     backbone = load(folder, device="cpu", dtype="float32", adapters={"gone": student})
     used(backbone, acceleration=CfgStudent(adapter="gone"))
-    lora = weakref.ref(backbone.loras["gone"])
-    backbone.loras.clear()  # type: ignore[attr-defined]
+    lora = weakref.ref(backbone.adapters.fetch(backbone.adapters["gone"]))
+    backbone.adapters.forget("gone")
     gc.collect()
     assert lora() is None
 

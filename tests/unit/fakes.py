@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,6 +21,8 @@ from app.errors import ServiceError
 from app.metrics import Metrics, acceleration_label
 from app.settings import Settings
 from models import Backbone, Request
+from models.adapters.lora import Lora
+from models.adapters.registry import Adapters
 from models.families import Family, Parts
 from models.families.text import TextFamily
 from models.guidance import ClassifierFree
@@ -92,6 +95,11 @@ class FakeCounter:
         return sum(10 * step.num_rows for step in steps)
 
 
+def no_files(path: Path, name: str) -> Lora:
+    """Reads no adapter."""
+    raise NotImplementedError
+
+
 class FakeBackbone:
     """A model whose every prediction is the seed of its image.
 
@@ -104,7 +112,7 @@ class FakeBackbone:
         self.spec = spec or tiny_spec()
         self.scheduler_config = CONFIG
         self.network = FakeNetwork()
-        self.loras: dict[str, Any] = {}
+        self.adapters = Adapters(no_files)
         self.device = torch.device("cpu")
         self.dtype = self.latent_dtype = torch.float32
         self.counter = FakeCounter()

@@ -278,7 +278,7 @@ def test_every_model_gets_its_own_files(calls: list[tuple[str, dict[str, Any]]])
     assert list(backbones) == ["one", "two"]
     assert caps == {"one": 2, "two": 2}
     common = {"device": torch.device("cpu"), "dtype": "float32", "compile": True, "stepping": "batched"}
-    common |= {"offload_text_encoders": False, "batch_invariant": False}
+    common |= {"offload_text_encoders": False, "batch_invariant": False, "max_adapter_bytes": 4 * 2**30}
     one: dict[str, Any] = {
         "adapters": {"first": Path("/a/first")},
         "plans": {n: Path(f"/p/{n}.json") for n in ("D1", "D2")},

@@ -53,6 +53,7 @@ WANTED = {
     "feature_memory_bytes": ("gauge", "model"),
     "out_of_memory": ("counter", ""),
     "model_weight_bytes": ("gauge", "model part"),
+    "adapter_memory_bytes": ("gauge", "model"),
     "model_load_duration_seconds": ("gauge", "model"),
     "ready": ("gauge", ""),
     "jobs": ("gauge", "status"),

@@ -27,6 +27,7 @@ def test_defaults() -> None:
         "guidance_scale": None,
         "true_cfg_scale": None,
         "quality": None,
+        "loras": [],
         "seed": None,
         "num_images": 1,
         "scheduler": None,

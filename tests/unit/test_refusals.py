@@ -196,7 +196,7 @@ REFUSALS: list[tuple[ModelSpec, dict[str, Any], type[RequestError], str, str]] =
         "negative_prompt",
         "cannot be set",
     ),
-    (UNET, {"acceleration": CfgStudent(adapter="x")}, StudentConflict, "acceleration.adapter", "no adapter 'x'"),
+    (UNET, {"acceleration": CfgStudent(adapter="x")}, StudentConflict, "acceleration.adapter", "'x' is no student"),
     (TWO_STUDENTS, {"acceleration": SHARE}, StudentConflict, "acceleration.adapter", "first, second"),
     (unet_spec(adapters={}), {"acceleration": SHARE}, StudentConflict, "acceleration.adapter", "none"),
     # Accelerators beyond the model.

@@ -29,7 +29,7 @@ from models.accelerators import REGISTRY, Auto
 from models.errors import cut
 from models.profiles import Profile
 from models.profiles.choice import LOSSES, choose, promises
-from models.spec import ModelSpec
+from models.spec import AdapterInfo, ModelSpec
 
 WEB = Path(__file__).parents[2] / "web"
 UNREADY: dict[int | str, dict[str, Any]] = {503: RESPONSES[503]}
@@ -117,7 +117,7 @@ def accelerator_body(mode: str, specs: dict[str, ModelSpec]) -> AcceleratorBody:
 def _fits(mode: str, spec: ModelSpec) -> bool:
     """Whether a model can run it: the right kind of backbone, and something registered where it needs that."""
     needed: dict[str, Iterable[Any]] = {
-        "cfg_student": spec.adapters,
+        "cfg_student": spec.students,
         "ditfastattn": spec.plans,
         "auto": spec.profiles,
     }
@@ -147,6 +147,18 @@ def profile_body(name: str, profile: Profile) -> MeasuredBody:
     )
 
 
+def adapter_body(info: AdapterInfo) -> AdapterBody:
+    """A registered LoRA as clients see it."""
+    return AdapterBody(
+        name=info.name,
+        kind="student" if info.student else "style",
+        guidance_scale=info.guidance_scale,
+        rank=info.rank,
+        parameters=info.parameters,
+        negative_prompt=info.negative_prompt,
+    )
+
+
 def model_body(name: str, default: bool, created: int, engine: Engine) -> ModelBody:
     """Everything that a request may ask of a model."""
     spec = engine.backbones[name].spec
@@ -171,16 +183,7 @@ def model_body(name: str, default: bool, created: int, engine: Engine) -> ModelB
         edits=spec.edits,
         default_image_guidance_scale=spec.default_image_guidance_scale if spec.edits else None,
         accelerators=[accelerator_body(mode, {name: spec}) for mode in REGISTRY if _fits(mode, spec)],
-        adapters=[
-            AdapterBody(
-                name=adapter,
-                guidance_scale=info.guidance_scale,
-                rank=info.rank,
-                parameters=info.parameters,
-                negative_prompt=info.negative_prompt,
-            )
-            for adapter, info in spec.adapters.items()
-        ],
+        adapters=[adapter_body(info) for info in tuple(spec.adapters.values())],
         plans=[
             PlanBody(
                 name=plan,

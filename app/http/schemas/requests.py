@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from models.accelerators import REGISTRY, Accelerator
+from models.resolve import MAX_LORA_SCALE, MAX_LORAS
 from models.solvers.names import REGISTRY as SCHEDULERS
 
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -81,6 +82,15 @@ COMPOSED: dict[str, Any] = {
 }
 
 
+class LoraField(BaseModel):
+    """A style of the model, and how strongly it acts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Text = Field(max_length=200, description="One of the model's adapters of kind style.")
+    scale: float = Field(1.0, ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE, description="1 is as it was trained.")
+
+
 class GenerationFields(BaseModel):
     """What every generating route takes. `null` or absent means the model's default."""
 
@@ -125,6 +135,9 @@ class GenerationFields(BaseModel):
         None,
         description="Instead of `acceleration`: low is auto preferring speed, medium balanced, high fidelity; auto is "
         "the model's default.",
+    )
+    loras: list[LoraField] = Field(
+        default_factory=list, max_length=MAX_LORAS, description="Styles that act together, each by name and scale."
     )
     output_format: OutputFormat = Field("png", description="How images are encoded.")
     stream: bool = Field(False, description="Answer with Server-Sent Events.")
@@ -197,7 +210,7 @@ class ImagesRequest(GenerationFields):
 
 
 FIELD_NAMES = frozenset(
-    {*ImagesRequest.model_fields}
+    {*ImagesRequest.model_fields, *LoraField.model_fields}
     | {info.alias or name for accelerator in REGISTRY.values() for name, info in accelerator.model_fields.items()}
 )
 """Every name that a body may use; the path of an error is made of these."""

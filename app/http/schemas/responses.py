@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -132,10 +132,11 @@ class AcceleratorsBody(BaseModel):
 
 
 class AdapterBody(BaseModel):
-    """A guidance student."""
+    """A registered LoRA."""
 
     name: str
-    guidance_scale: float
+    kind: Literal["student", "style"] = Field(description="For `cfg_student`, or for a request's `loras`.")
+    guidance_scale: float | None = Field(description="Of a student.")
     rank: int
     parameters: int
     negative_prompt: str
