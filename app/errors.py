@@ -41,6 +41,12 @@ class Unauthorized(ServiceError):
     status, kind, outcome, code = 401, "authentication_error", "unauthorized", "invalid_api_key"
 
 
+class AdminOnly(ServiceError):
+    """Only whoever has the admin key may do this."""
+
+    status, kind, outcome, code = 403, "permission_error", "unauthorized", "admin_only"
+
+
 class NotFound(ServiceError):
     """No such route, or no such model."""
 

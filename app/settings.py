@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="Bearer keys; none: no key is asked for."
     )
+    admin_key: SecretStr | None = Field(
+        None, description="Bearer key that adds and removes adapters, and is an API key too; none: nobody does."
+    )
     metrics_require_key: bool = Field(False, description="Whether /metrics asks for a key too.")
     cors_origins: Names = Field((), description="Origins whose pages may call this server; none: CORS is off.")
 
@@ -72,6 +75,9 @@ class Settings(BaseSettings):
     )
     max_feature_bytes: int = Field(
         4 * 2**30, ge=0, description="Remembered features above which no further image is started."
+    )
+    max_adapter_file_bytes: int = Field(
+        2**30, ge=1024, description="Size of an uploaded LoRA; store_bytes bounds all of them together."
     )
     max_adapter_bytes: int = Field(
         4 * 2**30, ge=2**20, description="LoRAs of a model kept on its device; the ones used longest ago leave it."

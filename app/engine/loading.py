@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import models
+from app.adapters import AdapterFiles
 from app.engine.pace import Pace, measure, pays
 from app.logs import SERVER
 from app.metrics import Metrics
@@ -36,7 +37,9 @@ def load_all(settings: Settings, metrics: Metrics, pace: Pace) -> tuple[dict[str
 def warm_all(backbones: Mapping[str, Backbone], settings: Settings, metrics: Metrics, pace: Pace) -> dict[str, int]:
     """Run each model once, and return how many rows each of its ticks may have."""
     caps = {}
+    files = AdapterFiles(settings.data_dir, settings.store_bytes)
     for name, backbone in backbones.items():
+        files.restore(name, backbone)
         encoders = backbone.encoder_bytes()
         metrics.weight_bytes.labels(name, "base").set(backbone.weight_bytes() - encoders)
         metrics.weight_bytes.labels(name, "text_encoder").set(encoders)

@@ -19,14 +19,15 @@ from app.engine.engine import Engine, Loaded
 from app.engine.loading import load_all, warm_all
 from app.engine.pace import Pace
 from app.http import problems
-from app.http.intake import Bodies, Intake
+from app.http.intake import FREE_BYTES, Bodies, Intake
 from app.http.middleware import Authorize, Head, Observe
-from app.http.routes import batches, docs, files, generate, info, openai
+from app.http.routes import adapters, batches, docs, files, generate, info, openai
 from app.http.routes import jobs as jobs_routes
 from app.http.service import Service
 from app.metrics import Metrics
 from app.settings import Settings
 from models.backbone import Backbone
+from models.spec import short_name
 
 if TYPE_CHECKING:
     from app.jobs.service import JobService
@@ -76,7 +77,7 @@ def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbon
     app.state.bodies = bodies
     app.state.created = time.time()
     problems.install(app)
-    for module in (generate, jobs_routes, files, batches, openai, info, docs):
+    for module in (generate, jobs_routes, files, batches, openai, adapters, info, docs):
         app.include_router(module.router)
     app.mount("/docs-assets", docs.ASSETS, name="docs-assets")
     app.mount("/web", StaticFiles(directory=info.WEB), name="web")
@@ -130,9 +131,14 @@ def _middleware(settings: Settings, metrics: Metrics, bodies: Bodies, ending: Ca
             )
         )
     if settings.api_keys:
-        keys = [key.get_secret_value() for key in settings.api_keys]
+        given = (*settings.api_keys, *([] if settings.admin_key is None else [settings.admin_key]))
+        keys = [key.get_secret_value() for key in given]
         open_paths = ALWAYS_OPEN if settings.metrics_require_key else (*ALWAYS_OPEN, "/metrics")
         stack.append(Middleware(Authorize, keys=keys, open_paths=open_paths))
     larger = {files.router.prefix: settings.max_file_bytes}
+    for model in settings.model:
+        # What a form has around its file is little.
+        path = adapters.router.prefix.format(model_id=short_name(model))
+        larger[path] = settings.max_adapter_file_bytes + FREE_BYTES
     stack.append(Middleware(Intake, settings=settings, metrics=metrics, bodies=bodies, streamed=larger))
     return stack

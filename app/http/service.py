@@ -9,6 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
+from app.adapters import AdapterFiles
 from app.engine.engine import Engine
 from app.engine.job import Job
 from app.errors import Impossible, ModelNotFound, ServiceError
@@ -50,6 +51,7 @@ class Service:
         self.engine = engine
         self.metrics = metrics
         self.pool = Pool()
+        self.adapters = AdapterFiles(settings.data_dir, settings.store_bytes)
         self.counting = Counting()
         self.waiting = Waiting(settings.max_waiting_bytes, lambda: self.engine.retry_after())
         metrics.waiting_bytes.set_function(lambda: self.waiting.bytes)
@@ -214,6 +216,8 @@ class Service:
         if wish_of(request) is not None:
             outlook = self.engine.outlook(name, len(spec.roles) * asked.num_images, seconds)
         run = resolve(spec, backbone.scheduler_config, request, outlook)
+        for info, _ in run.loras:  # here, so that the engine's thread need not read a file
+            backbone.adapters.fetch(info)
         return run, backbone.group(run)
 
     def _steps(self, asked: GenerationRequest, usual: int) -> int | None:

@@ -40,7 +40,8 @@ SWEEP_SECONDS = 10.0
 RETRY_SECONDS = 2.0
 """How long to wait for a store that is full or cannot be reached."""
 STOP_SECONDS = 20.0
-"""The name of a job's upload in the store."""
+LORA = "lora "
+"""Before the name of a style, among the digests of what a job runs on."""
 
 
 @dataclass(eq=False)
@@ -284,17 +285,21 @@ class Runner:
 
     async def _same_weights(self, row: Row) -> None:
         """Raise `ModelChanged` where the job's picture would be another than when it was accepted."""
-        digests = await self.service.pool.run(self.digests, row["body"]["model"], row["digests"].get("adapter_name"))
+        kept = row["digests"]
+        loras = [name.removeprefix(LORA) for name in kept if name.startswith(LORA)]
+        digests = await self.service.pool.run(self.digests, row["body"]["model"], kept.get("adapter_name"), loras)
         changed = [name for name, digest in digests.items() if row["digests"].get(name) != digest]
         if changed:
             raise ModelChanged(f"the {changed[0]} has other weights than when the job was accepted", param=changed[0])
 
-    def digests(self, model: str, adapter: str | None) -> dict[str, str]:
+    def digests(self, model: str, adapter: str | None, loras: Sequence[str] = ()) -> dict[str, str]:
         """The digests of what a job runs on, by what it is."""
         backbone = self.service.backbone(model)
         found = {"model": backbone.digest}
         if adapter is not None and adapter in backbone.adapters:
             found["adapter"] = backbone.adapters.digest(backbone.adapters[adapter])
+        known = dict(backbone.adapters)
+        found |= {f"{LORA}{name}": backbone.adapters.digest(known[name]) for name in loras if name in known}
         return found
 
 

@@ -99,7 +99,8 @@ class JobService:
             "seed": run.seeds[0],
         }
         body |= {"guidance_scale": run.guidance_scale} if run.adapter is None else {}
-        digests = await self._service.pool.run(self.runner.digests, prepared.model, run.adapter)
+        loras = [info.name for info, _ in run.loras]
+        digests = await self._service.pool.run(self.runner.digests, prepared.model, run.adapter, loras)
         digests |= {"adapter_name": run.adapter} if run.adapter is not None else {}
         digests |= prepared.digests
         return NewJob(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -99,5 +99,5 @@ class Applied:
 
 
 def meta_lora(lora: Lora) -> Lora:
-    """The same adapter without storage, for counting MACs."""
-    return Lora(lora.info, {key: term.to("meta") for key, term in lora.terms.items()})
+    """The same adapter without storage, for counting MACs; it keeps nothing of the other alive."""
+    return Lora(replace(lora.info), {key: term.to("meta") for key, term in lora.terms.items()})

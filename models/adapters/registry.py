@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -51,13 +52,22 @@ class Adapters(Mapping[str, AdapterInfo]):
 
     def register(self, path: str | Path, name: str) -> AdapterInfo:
         """Read and check a file, and offer it by this name. Raises `ModelLoadError`, and then nothing has changed."""
-        lora = self._read(Path(path), name)
+        return self.add(self.read(Path(path), name), Path(path))
+
+    def read(self, path: Path, name: str) -> Lora:
+        """Read and check a file. Raises `ModelLoadError`."""
+        lora = self._read(path, name)
         if self.max_bytes is not None and lora.nbytes > self.max_bytes:
             raise ModelLoadError(f"{path}: {lora.nbytes} bytes are more than the {self.max_bytes} of all adapters")
+        return lora
+
+    def add(self, lora: Lora, path: Path) -> AdapterInfo:
+        """Offer what was read from a file. Raises `ModelLoadError` where there is one of its name."""
+        name = lora.info.name
         with self._lock:
             if name in self._infos:
                 raise ModelLoadError(f"{path}: there is an adapter {name!r} already")
-            self._files[lora.info] = Path(path)
+            self._files[lora.info] = path
             self._digests[lora.info] = lora.digest
             self._weightless[lora.info] = meta_lora(lora)
             self._infos[name] = lora.info
@@ -70,6 +80,10 @@ class Adapters(Mapping[str, AdapterInfo]):
             info = self._infos.pop(name)
             self._kept.pop(info, None)
         return info
+
+    def file(self, info: AdapterInfo) -> Path:
+        """Where it lies."""
+        return self._files[info]
 
     def moved(self, info: AdapterInfo, path: Path) -> None:
         """Its file lies elsewhere from now on."""
@@ -84,7 +98,7 @@ class Adapters(Mapping[str, AdapterInfo]):
                 return self._kept[info]
             path, digest = self._files[info], self._digests[info]
         try:
-            lora = self._read(path, info.name)
+            lora = replace(self._read(path, info.name), info=info)
         except ModelLoadError as error:
             raise UnknownAdapter("loras", f"{info.name!r} cannot be read any more: {error}") from error
         if lora.digest != digest:

@@ -41,7 +41,7 @@ router = APIRouter()
 @router.get("/v1/models", tags=["models"], responses=UNREADY, summary="The models and all they offer")
 async def list_models(request: Request) -> ModelsBody:
     """The models, as OpenAI lists them, with sizes, defaults, schedulers, accelerators, adapters and plans."""
-    engine = _loaded(request)
+    engine = loaded(request)
     created = int(request.app.state.created)
     data = [model_body(name, i == 0, created, engine) for i, name in enumerate(engine.backbones)]
     return ModelsBody(data=data, jobs=request.app.state.jobs is not None)
@@ -50,7 +50,7 @@ async def list_models(request: Request) -> ModelsBody:
 @router.get("/v1/models/{model_id}", tags=["models"], responses=UNREADY | NO_MODEL, summary="One model")
 async def one_model(request: Request, model_id: str) -> ModelBody:
     """One of the models, as the list has it."""
-    engine = _loaded(request)
+    engine = loaded(request)
     if model_id not in engine.backbones:
         known = ", ".join(engine.backbones)
         raise ModelNotFound(f"model_id: {cut(model_id)!r} is not served; one of {known}", param="model_id")
@@ -61,7 +61,7 @@ async def one_model(request: Request, model_id: str) -> ModelBody:
 @router.get("/accelerators", tags=["models"], responses=UNREADY, summary="The accelerators")
 async def list_accelerators(request: Request) -> AcceleratorsBody:
     """Every mode of acceleration with its JSON Schema, its paper and the models that it fits."""
-    specs = {name: backbone.spec for name, backbone in _loaded(request).backbones.items()}
+    specs = {name: backbone.spec for name, backbone in loaded(request).backbones.items()}
     return AcceleratorsBody(data=[accelerator_body(mode, specs) for mode in REGISTRY])
 
 
@@ -91,7 +91,7 @@ async def playground() -> FileResponse:
     return FileResponse(WEB / "index.html", headers={"Cache-Control": "no-cache"})
 
 
-def _loaded(request: Request) -> Engine:
+def loaded(request: Request) -> Engine:
     """The engine once its models are there; they can be looked at while it drains, too."""
     engine = service_of(request).engine
     if not engine.backbones:

@@ -142,6 +142,13 @@ class AdapterBody(BaseModel):
     negative_prompt: str
 
 
+class AdaptersBody(BaseModel):
+    """The answer of GET /v1/models/{model}/adapters."""
+
+    object: str = "list"
+    data: list[AdapterBody]
+
+
 class PlanBody(BaseModel):
     """A DiTFastAttn plan, and the run that it fits."""
 
