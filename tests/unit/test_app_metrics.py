@@ -44,6 +44,7 @@ WANTED = {
     "requests_waiting": ("gauge", ""),
     "queue_capacity": ("gauge", ""),
     "body_bytes": ("gauge", ""),
+    "spool_bytes": ("gauge", ""),
     "connections": ("gauge", ""),
     "connections_dropped": ("counter", "cause"),
     "waiting_bytes": ("gauge", ""),
