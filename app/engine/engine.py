@@ -120,7 +120,7 @@ class Engine:
         in seconds from now."""
         with self._lock:
             work = [(job.model, job.rows_left) for job in (*self._running, *self._waiting)]
-        return Outlook(self.pace.predict(work), self.pace.tick(model, rows), deadline)
+        return Outlook(self.pace.predict(work), self.pace.tick(model, rows), deadline, self.pace.slack(model))
 
     def retry_after(self) -> int:
         """Seconds until all that was accepted will be done, for a client that is turned away."""

@@ -155,6 +155,8 @@ class Job:
     share: Hashable = ""
     weight: float = 1.0
     timing: Timing = field(default_factory=Timing)
+    expected: float | None = None
+    """Seconds from start to end by the profile that it was chosen from; None without one, or with others in a tick."""
     lanes: list[Lane] = field(init=False)
     preview_steps: frozenset[int] = field(init=False)
 

@@ -8,6 +8,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 
 SMOOTHING = 0.1
+FIRST_RATIO, FIRST_DEVIATION = 1.2, 0.1
+DEVIATIONS = 4
+"""Above the mean that a run is expected to take: as TCP's retransmission timer is set (RFC 6298), with its gains."""
+MEAN_GAIN, DEVIATION_GAIN = 1 / 8, 1 / 4
 FIRST_GUESS = 0.05
 
 
@@ -18,6 +22,7 @@ class Pace:
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self._ticks: dict[str, dict[int, float]] = {}
+        self._ratios: dict[str, tuple[float, float]] = {}
 
     def observe(self, model: str, rows: int, seconds: float) -> None:
         """Learn from a tick of `rows` rows that took `seconds`."""
@@ -46,6 +51,18 @@ class Pace:
             return ticks[known[0]]
         low, high = known[at - 1], known[at]
         return ticks[low] + (ticks[high] - ticks[low]) * (rows - low) / (high - low)
+
+    def observe_run(self, model: str, ratio: float) -> None:
+        """Learn from a run that had the device to itself, from its prompt to its picture, how many times longer it took
+        than its steps say."""
+        mean, deviation = self._ratios.get(model, (FIRST_RATIO, FIRST_DEVIATION))
+        deviation += DEVIATION_GAIN * (abs(ratio - mean) - deviation)
+        self._ratios[model] = mean + MEAN_GAIN * (ratio - mean), deviation
+
+    def slack(self, model: str) -> float:
+        """How many times longer a run will hardly take than its steps say: it is encoded, foretold and decoded, too."""
+        mean, deviation = self._ratios.get(model, (FIRST_RATIO, FIRST_DEVIATION))
+        return mean + DEVIATIONS * deviation
 
     def predict(self, work: Iterable[tuple[str, int]]) -> float:
         """Seconds until this much work, as (model, rows over all steps left), is done."""

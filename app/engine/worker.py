@@ -11,7 +11,7 @@ from app.engine.batcher import Batcher
 from app.engine.budget import Admission, Budget
 from app.engine.caps import Caps
 from app.engine.decoder import Decoder
-from app.engine.job import Event, Failed, Group, Job, Lane, Progress
+from app.engine.job import Event, Failed, Finished, Group, Job, Lane, Progress
 from app.engine.pace import Pace
 from app.errors import ForwardFailed, Impossible, Internal, NonFinite, OutOfMemory, ServiceError
 from app.logs import SERVER
@@ -23,6 +23,7 @@ from models.denoise import advance
 from models.device import Fence, out_of_memory, release_memory
 from models.errors import RequestError
 from models.generate import start
+from models.profiles.choice import Outlook
 from models.trajectory import Trajectory, decided, effective_steps
 
 Clock = Callable[[], float]
@@ -95,6 +96,8 @@ class Worker:
     def _end(self, job: Job, event: Event) -> None:
         self.drop(job)
         job.timing.finished = self._clock()
+        if job.expected and isinstance(event, Finished):
+            self._pace.observe_run(job.model, (job.timing.finished - job.timing.started) / job.expected)
         self._ended(job, event)
 
     def _fail(self, lanes: Sequence[Lane], error: Callable[[str], ServiceError], message: str) -> None:
@@ -129,6 +132,10 @@ class Worker:
             lane.trajectory = trajectory
             self._batcher.begin(lane)
             self._reserve(lane, job.run.feature_bytes)
+        if (chosen := job.run.profile) is not None:
+            profile = backbone.spec.profiles[chosen.name]
+            outlook = Outlook(step=self._pace.tick(job.model, len(backbone.spec.roles) * len(job.lanes)))
+            job.expected = profile.by_name[chosen.candidate].seconds * outlook.plain(profile)
 
     # Denoising
 
@@ -142,6 +149,9 @@ class Worker:
         plans = [lane.trajectory.plan for lane in lanes if lane.trajectory is not None]
         if not plans:
             return
+        if any(lane.job is not lanes[0].job for lane in lanes):
+            for lane in lanes:
+                lane.job.expected = None
         stepped = self._advance(lanes, backbone)
         self._fence.mark(backbone.device)
         seconds = self._clock() - began

@@ -26,11 +26,16 @@ DEADLINE_SHARE = 0.8
 @dataclass(frozen=True)
 class Outlook:
     """What a server expects of a run, in seconds: until it has the device to itself at the latest, for one plain step
-    of all its images, and from now to its deadline."""
+    of all its images, and from now to its deadline. `slack` is how many times longer runs took than their steps say."""
 
     wait: float = 0.0
     step: float = 0.0
     deadline: float | None = None
+    slack: float = 1.0
+
+    def plain(self, profile: Profile) -> float:
+        """Seconds for the plain run of a profile, to be on the safe side."""
+        return self.slack * self.step * profile.plain.evaluations
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def choose(
     found = _wished(profile, front, wish, outlook)
     if not wish.flexible or outlook is None or outlook.deadline is None:
         return found, False
-    plain = outlook.step * profile.plain.evaluations
+    plain = outlook.plain(profile)
     room = DEADLINE_SHARE * outlook.deadline - outlook.wait
     if found.seconds * plain <= room:
         return found, False
@@ -85,7 +90,7 @@ def _wished(profile: Profile, front: Sequence[Candidate], wish: Auto, outlook: O
         )
     if outlook is None:
         raise RequestError("acceleration.max_seconds", "is for a server, which knows how fast it is; give another wish")
-    budget, unit = wish.max_seconds or 0.0, outlook.step * plain.evaluations
+    budget, unit = wish.max_seconds or 0.0, outlook.plain(profile)
     least = outlook.wait + unit * min(one.seconds for one in front)
     return _first(
         (one for one in best_first if outlook.wait + one.seconds * unit <= budget),

@@ -124,7 +124,7 @@ def forecasts(captions: Captions, profile: Profile) -> list[dict[str, object]]:
             rows.append(
                 line(f"`{name}` (for {to})", mine, plain)
                 | {
-                    "promised": f"{promised.psnr.mean:.1f}, {promised.psnr_converged.mean:.1f}",
+                    "promised": f"{promised.promised.psnr:.1f}, {promised.promised.psnr_converged:.1f}",
                     "over same solver": f"{paired(mine.to_plain, same.to_plain)} plain, "
                     f"{paired(mine.to_converged, same.to_converged)} conv.",
                     "over unipc": f"{paired(mine.to_converged, best.to_converged)} conv.",

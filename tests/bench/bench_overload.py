@@ -33,6 +33,7 @@ from tests.bench.zoo import Model
 
 LOAD = 1.5
 PATIENCE = 3.0  # plain runs' times
+TITLE = f"Arrivals at {LOAD} of plain capacity, deadline {PATIENCE:g} plain runs alone"
 
 
 @dataclass(eq=False)
@@ -92,7 +93,7 @@ class Server:
             num_inference_steps=PLAIN_STEPS,
             acceleration=Auto(prefer="fidelity", flexible=True) if auto else (),
         )
-        outlook = Outlook(wait, self.pace.tick("m", len(self.spec.roles)), deadline)
+        outlook = Outlook(wait, self.pace.tick("m", len(self.spec.roles)), deadline, self.pace.slack("m"))
         run = resolve(self.spec, self.backbone.scheduler_config, plain, outlook)
         chosen = "plain" if run.profile is None else run.profile.candidate
         return Item(arrived, start(self.backbone, run)[0], chosen)
@@ -157,6 +158,26 @@ class Server:
         return outcome
 
 
+def rows_of(profile: Profile, late: dict[bool, int], total: int, chosen: Counter[str]) -> list[dict[str, object]]:
+    """Both disciplines of a model, and what flexible requests became, the most frequent first."""
+    known = profile.by_name
+    mean = sum(known[one].psnr_converged.mean * count for one, count in chosen.items()) / total
+    became = ", ".join(f"{name} {count / total:.0%}" for name, count in chosen.most_common())
+    return [
+        {
+            "model": profile.model,
+            "served as": "auto, flexible" if auto else "plain",
+            "requests": total,
+            "late": late[auto],
+            "share": f"{late[auto] / total:.1%}",
+            "of those without": f"{late[True] / late[False]:.2f}" if auto and late[False] else "",
+            "PSNR to converged, dB": mean if auto else profile.plain.psnr_converged.mean,
+            "chosen": became if auto else "",
+        }
+        for auto in (False, True)
+    ]
+
+
 def main() -> None:
     """Both disciplines under the same arrivals, round after round."""
     given = options(__doc__, models=list(zoo.SMALL), requests=120, captions=16, max_rows=8)
@@ -173,37 +194,24 @@ def main() -> None:
         each = server.serve(4 if given.quick else 24, given.max_rows)
         count = 6 if given.quick else given.requests
         note(f"{name}: a plain run alone {alone:.3f} s, in full batches {each:.3f} s a picture")
-        late: dict[bool, list[int]] = {False: [], True: []}
+        report.remark(f"{name}: a plain run alone {alone:.3g} s, in full batches {each:.3g} s a picture.")
+        late, total = {False: 0, True: 0}, 0
         chosen: Counter[str] = Counter()
+        done = list(lines)
         for number in range(given.rounds or 2):
             rng = random.Random(number)
             moments, moment = [], 0.0
             for _ in range(count):
                 moment += rng.expovariate(LOAD / each)
                 moments.append(moment)
+            total += count
             for auto in (False, True):
                 outcome = server.overload(moments, PATIENCE * alone, auto)
-                late[auto].append(outcome.late)
+                late[auto] += outcome.late
                 chosen += outcome.chosen if auto else Counter()
+            lines = done + rows_of(profile, late, total, chosen)
+            report.table(TITLE, lines)  # after every round: a run that is cut off leaves what it has
         shares[name] = chosen
-        total = count * (given.rounds or 2)
-        known = profile.by_name
-        mean = sum(known[one].psnr_converged.mean * n for one, n in chosen.items()) / total
-        lines += [
-            {
-                "model": name,
-                "served as": "auto, flexible" if auto else "plain",
-                "requests": total,
-                "late": sum(late[auto]),
-                "share": sum(late[auto]) / total,
-                "PSNR to converged, dB": mean if auto else profile.plain.psnr_converged.mean,
-            }
-            for auto in (False, True)
-        ]
-        report.remark(
-            f"{name}: a plain run alone {alone:.3g} s, {each:.3g} s a picture in full batches; {dict(chosen)}."
-        )
-    report.table(f"Arrivals at {LOAD} of plain capacity, deadline {PATIENCE:g} plain runs alone", lines)
     report.save(lambda figure: draw(figure, lines, shares), (9, 4))
 
 
@@ -211,7 +219,7 @@ def draw(figure: Figure, lines: list[dict[str, object]], shares: dict[str, Count
     """Shares of late requests, and what flexible ones became."""
     left, right = figure.subplots(1, 2)
     names = [f"{line['model']}\n{line['served as']}" for line in lines]
-    left.bar(names, [100 * float(str(line["share"])) for line in lines])
+    left.bar(names, [100 * int(str(line["late"])) / int(str(line["requests"])) for line in lines])
     left.set_ylabel("late, %")
     left.tick_params(axis="x", labelsize=7)
     for model, chosen in shares.items():

@@ -32,7 +32,8 @@ class Report:
         self._machine = machine()
 
     def table(self, title: str, rows: Sequence[Row]) -> None:
-        """Add a table; all rows have the keys of the first."""
+        """Add a table, or put it in the place of the one with this title; all rows have the keys of the first."""
+        self._tables = [(name, known) for name, known in self._tables if name != title]
         self._tables.append((title, list(rows)))
         note(f"{title}\n{markdown(rows)}")
         self.save()  # what a run that is cut short leaves behind

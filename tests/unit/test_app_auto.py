@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from app.engine.engine import Engine
-from app.engine.pace import FIRST_GUESS, Pace
+from app.engine.pace import DEVIATIONS, FIRST_DEVIATION, FIRST_GUESS, FIRST_RATIO, Pace
 from app.metrics import Metrics
 from app.settings import Settings
+from models.accelerators import Auto
 from tests.faked import faked, opened, request_of
 from tests.serving import aio
-from tests.unit.fakes import make_job
+from tests.unit.fakes import FakeBackbone, Hand, make_job, tiny_spec
 from tests.unit.specs import profile, unet_spec
 
 SPEC = unet_spec(native_width=64, native_height=32, default_steps=10, profiles={"ddim-10": profile()})
@@ -122,6 +124,35 @@ def test_the_outlook_is_all_that_was_accepted_before() -> None:
         engine.submit(make_job(steps=6))
     expected = engine.outlook("unet", 4, 9.0)
     assert (expected.wait, expected.step, expected.deadline) == pytest.approx((12 * 0.25, 1.0, 9.0))
+    assert expected.slack == engine.pace.slack("unet")
+
+
+def test_the_slack_is_what_runs_by_themselves_took_beyond_their_steps() -> None:
+    spec = tiny_spec(native_width=64, native_height=32, default_steps=10, profiles={"ddim-10": profile()})
+    hand = Hand({"unet": FakeBackbone(spec)})
+    first = hand.pace.slack("unet")
+    assert first == FIRST_RATIO + DEVIATIONS * FIRST_DEVIATION
+    hand.pace.observe_tick("unet", 2, 0.1)
+
+    def pass_time(seconds: float) -> None:
+        hand.clock.now += seconds
+
+    hand.backbone.before = lambda seeds: pass_time(0.1)
+    hand.backbone.before_decode = lambda seeds: pass_time(0.3)
+    wish: dict[str, Any] = {"acceleration": Auto(prefer="speed"), "guidance_scale": 4.0}
+    hand.add(1, steps=10, **wish)
+    hand.work()  # three steps of 0.1 s, and a picture of 0.3
+    mean = FIRST_RATIO + (2.0 - FIRST_RATIO) / 8
+    deviation = FIRST_DEVIATION + (2.0 - FIRST_RATIO - FIRST_DEVIATION) / 4
+    alone = hand.pace.slack("unet")
+    assert alone == pytest.approx(mean + DEVIATIONS * deviation)
+    for seed in (2, 3):
+        hand.add(seed, steps=10, **wish)
+    hand.work()  # side by side, which says nothing of either
+    hand.add(4, steps=10, guidance_scale=4.0)
+    hand.work()  # not by a profile
+    assert hand.pace.slack("unet") == alone
+    assert len(hand.ended) == 4
 
 
 class _Alive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,6 +93,15 @@ def test_a_plain_run_is_the_one_that_was_asked_for() -> None:
     assert resolved(DeepCache(), num_inference_steps=7).plain_steps == 7
 
 
+def test_time_is_planned_with_slack() -> None:
+    slow = replace(SOON, slack=1.25)  # what took five seconds is taken for 6.25
+    names = [choose(PROFILE, Auto(max_seconds=most), slow)[0].name for most in (6.0, 5.9, 4.125, 4.1)]
+    assert names == ["unipc-8", "forecast-5", "forecast-5", "student"]
+    late = Outlook(1.0, 0.5, (1 + 3.1) / DEADLINE_SHARE, slack=1.25)
+    wish = Auto(prefer="balanced", flexible=True)
+    assert [choose(PROFILE, wish, replace(late, slack=s))[0].name for s in (1.0, 1.25)] == ["forecast-5", "student"]
+
+
 def test_seconds_are_only_known_to_a_server() -> None:
     with pytest.raises(RequestError, match="max_seconds"):
         choose(PROFILE, Auto(max_seconds=5))
@@ -137,7 +147,11 @@ wishes = st.one_of(
     st.builds(Auto, max_seconds=st.floats(0.1, 20), flexible=st.booleans()),
 )
 outlooks = st.builds(
-    Outlook, wait=st.floats(0, 10), step=st.floats(0.01, 1), deadline=st.one_of(st.none(), st.floats(0.1, 30))
+    Outlook,
+    wait=st.floats(0, 10),
+    step=st.floats(0.01, 1),
+    deadline=st.one_of(st.none(), st.floats(0.1, 30)),
+    slack=st.floats(0.5, 2),
 )
 
 
@@ -159,7 +173,7 @@ def test_nothing_dominated_is_ever_chosen(measured: Profile, wish: Auto, outlook
         assert chosen.psnr_converged.mean >= plain.psnr_converged.mean - LOSSES[wish.prefer]
     assert chosen.promised.psnr >= (wish.min_psnr or 0)
     assert chosen.macs * (wish.speedup or 0) <= plain.macs
-    whole = outlook.wait + chosen.seconds * (outlook.step * plain.evaluations)  # as it is summed there, to the bit
+    whole = outlook.wait + chosen.seconds * outlook.plain(measured)  # as it is summed there, to the bit
     assert whole <= (wish.max_seconds or 1e9)
 
 
