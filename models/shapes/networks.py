@@ -1,7 +1,9 @@
 """The networks of shapes-sd (U-Net) and shapes-dit (PixArt transformer), their schedule, and one way to call both."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DDIMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -36,6 +38,18 @@ def build_unet() -> UNet2DConditionModel:
         cross_attention_dim=WIDTH,
         norm_num_groups=16,
     )
+
+
+def widened(folder: Path) -> UNet2DConditionModel:
+    """The U-Net in `folder` with as many more input channels, of weight zero where it does not see a picture yet."""
+    unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
+    if unet.config.in_channels > unet.config.out_channels:
+        return unet
+    wider: UNet2DConditionModel = UNet2DConditionModel.from_config(unet.config, in_channels=2 * unet.config.in_channels)
+    weights = unet.state_dict()
+    weights["conv_in.weight"] = torch.cat([weights["conv_in.weight"], torch.zeros_like(weights["conv_in.weight"])], 1)
+    wider.load_state_dict(weights)
+    return wider
 
 
 def build_transformer() -> PixArtTransformer2DModel:

@@ -48,10 +48,10 @@ class TextEncoder(nn.Module):
     `folder` holds a trained network in transformers' layout; without it the network is new.
     """
 
-    def __init__(self, family: str, folder: Path | None = None) -> None:
+    def __init__(self, family: str, folder: Path | None = None, further: Sequence[str] = ()) -> None:
         super().__init__()
         self.masked = family == "t5"
-        self.tokenizer: Any = t5_tokenizer() if self.masked else clip_tokenizer()
+        self.tokenizer: Any = t5_tokenizer() if self.masked else clip_tokenizer(further)
         if folder is not None:
             self.network: Any = (T5EncoderModel if self.masked else CLIPTextModel).from_pretrained(folder)
         else:
@@ -95,6 +95,21 @@ def _t5(vocabulary: int) -> T5EncoderModel:
         tie_word_embeddings=False,
     )
     return T5EncoderModel(config)
+
+
+def with_words(folder: Path, further: Sequence[str]) -> TextEncoder:
+    """The CLIP text encoder in `folder`, in float32, that knows `further` words too: new ones unless it has them."""
+    wider = TextEncoder("clip", further=further)
+    weights = CLIPTextModel.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
+    name = "embeddings.token_embedding.weight"
+    if len(weights[name]) != len(wider.tokenizer):
+        table = wider.network.state_dict()[name].clone()
+        known = wider.tokenizer.get_vocab()
+        for piece, number in clip_tokenizer().get_vocab().items():
+            table[known[piece]] = weights[name][number]
+        weights[name] = table
+    wider.network.load_state_dict(weights)
+    return wider
 
 
 class _Reader(nn.Module):

@@ -19,11 +19,11 @@ def words() -> list[str]:
     return list(dict.fromkeys(["a", "on", "background", *RADII, *COLOURS, *SHAPES, *relation_words]))
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE with just enough merges that each word is one token."""
+def clip_tokenizer(further: Sequence[str] = ()) -> CLIPTokenizer:
+    """CLIP's byte-level BPE with just enough merges that each word, of the grammar or `further`, is one token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(letter + _WORD_END for letter in alphabet)]
-    merges = _merges(words())
+    merges = _merges([*words(), *further])
     pieces = list(dict.fromkeys([*pieces, *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]))
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)

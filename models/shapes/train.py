@@ -1,9 +1,10 @@
-"""`python -m models.shapes.train shapes-sd|shapes-dit`: a bundled model from nothing, resumable at any time.
+"""`python -m models.shapes.train shapes-sd|shapes-dit|shapes-edit`: a bundled model, resumable at any time.
 
 Stages, each continuing from its last checkpoint under `--folder`: vae (shared by both models), text, denoiser,
 validate (alignment on held-out captions), export (into models/bundled, or `--output`). Run it again with the same
 arguments after an interruption; add `--minutes` to train by the clock instead of by steps. Where the checkpoints are
 gone, `--start-from` a folder that export wrote: its steps and minutes count, only the optimizers start anew.
+shapes-edit has no vae and text: it starts from shapes-sd, whose autoencoder it keeps.
 """
 
 import argparse
@@ -18,14 +19,14 @@ from torch import nn
 from models.device import fast_bfloat16
 from models.fit import checkpoint
 from models.fit.loop import Options, fit
-from models.shapes import dataset, export, networks, validation
+from models.shapes import dataset, export, networks, train_edit, validation
 from models.shapes.denoiser import DenoiserTask
 from models.shapes.text import TextEncoder, TextTask
 from models.shapes.vae import VaeTask, whiten
 
 STAGES = ("vae", "text", "denoiser", "validate", "export")
-FAMILIES = {"shapes-sd": "clip", "shapes-dit": "t5"}
-SCENES = 40_000
+FAMILIES = {"shapes-sd": "clip", "shapes-dit": "t5", "shapes-edit": "clip"}
+SCENES = {"shapes-sd": 40_000, "shapes-dit": 40_000, "shapes-edit": 8_000}
 BUNDLED = Path(__file__).parent.parent / "bundled"
 
 
@@ -36,6 +37,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     stages = STAGES if arguments.stage == "all" else (arguments.stage,)
+    if arguments.model == "shapes-edit":
+        train_edit.run(arguments, stages, _options(arguments, 5000))
+        return
     run = {"vae": _vae, "text": _text, "denoiser": _denoiser, "validate": _validate, "export": _export}
     if arguments.start_from is not None:
         _start(arguments)
@@ -54,14 +58,15 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=48, help="captioned scenes a denoiser step")
     parser.add_argument("--false", type=float, default=0.1, help="share of captions that make one false claim")
     parser.add_argument("--start-from", type=Path, help="an exported model to train on, where there is no checkpoint")
-    parser.add_argument("--scenes", type=int, default=SCENES, help="size of the training set")
-    parser.add_argument("--captions", type=int, default=512, help="how many held-out captions to validate on")
+    parser.add_argument("--scenes", type=int, help=f"size of the training set; default {SCENES}")
+    parser.add_argument("--captions", type=int, default=512, help="how many held-out captions (edits) to validate on")
     parser.add_argument("--scales", type=float, nargs="+", help="default 1 and the model's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    arguments.scenes = arguments.scenes or SCENES[arguments.model]
     if arguments.precision == "auto":
         arguments.precision = "bfloat16" if fast_bfloat16(torch.device(arguments.device)) else "float32"
     return arguments

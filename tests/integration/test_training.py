@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 import models
 from models.fit import checkpoint
 from models.fit.loop import Options
-from models.shapes import train
+from models.shapes import train, train_edit
 from models.shapes.dataset import Dataset
 from models.shapes.denoiser import DenoiserTask
-from models.shapes.text import Encoded
+from models.shapes.editor import SCALES, EditTask
+from models.shapes.edits import EDIT_WORDS
+from models.shapes.networks import widened
+from models.shapes.text import Encoded, TextEncoder, with_words
 
 SMALL = ["--batch", "4", "--scenes", "8", "--captions", "2", "--scales", "1", "4"]
 
@@ -119,3 +122,46 @@ def test_some_captions_are_empty_and_some_are_false() -> None:
     assert bool((true | false | empty).all())
     assert float(empty.float().mean()) == pytest.approx(0.2, abs=0.02)
     assert float(false.float().mean()) == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """shapes-sd trained to edit for two steps, and the export of that."""
+    folder = tmp_path_factory.mktemp("editing")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EditTask, "preview", lambda *_: "")
+        patch.setattr("models.shapes.editor.STEPS", 2)
+        _train(patch, "shapes-edit", "--steps", 2, "--folder", folder, "--output", folder / "out")
+    return folder
+
+
+def test_shapes_sd_becomes_an_editor(edited: Path) -> None:
+    """What it could is not lost: a picture of weight zero, words that are added."""
+    model = edited / "out" / "shapes-edit"
+    spec = models.load(str(model), device="cpu", dtype="float32").spec
+    assert (spec.layout, spec.edits, spec.default_image_guidance_scale) == ("instruct_pix2pix", True, SCALES[1])
+    facts = json.loads((model / "training.json").read_text())
+    assert (facts["steps"], facts["batch"], facts["scenes"], facts["edits"]) == (2, 4, 8, 2)
+    assert "This one: 2 steps of 4 edits, of 8 scenes" in (model / "README.md").read_text()
+    start = widened(train_edit.START / "unet")
+    old = load_file(train_edit.START / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].float()
+    assert torch.equal(start.conv_in.weight[:, :4], old)
+    assert not start.conv_in.weight[:, 4:].any()
+
+
+def test_old_words_stay_as_they_were() -> None:
+    start = train_edit.START / "text_encoder"
+    old, new = TextEncoder("clip", start), with_words(start, EDIT_WORDS)
+    captions = ["a large red circle above a small blue square on a white background", ""]
+    with torch.inference_mode():
+        before, after = (encoder.eval().float()(captions).tokens for encoder in (old, new))
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_an_editor_is_trained_on(edited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EditTask, "preview", lambda *_: "")
+    start = edited / "out" / "shapes-edit"
+    shutil.copy(edited / "edits-8.safetensors", tmp_path)
+    given = ("--stage", "denoiser", "--steps", 3, "--folder", tmp_path, "--start-from", start)
+    _train(monkeypatch, "shapes-edit", *given)
+    assert checkpoint.read_state(tmp_path / "shapes-edit.safetensors")["step"] == 3
