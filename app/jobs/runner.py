@@ -9,24 +9,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from app.engine.job import Progress
 from app.errors import (
-    ClientGone,
     EngineDead,
-    ModelChanged,
     QueueFull,
     ServiceError,
     StoreFull,
     StoreUnavailable,
     Unavailable,
 )
-from app.http.problems import translate
-from app.http.record import Record
-from app.http.schemas.requests import PICTURES, GenerationRequest
+from app.jobs.execution import Execution, Running
 from app.jobs.leases import Claimed
 from app.jobs.queue import Jobs
 from app.jobs.retention import Retention
-from app.jobs.store import Row
 from app.logs import SERVER
 
 if TYPE_CHECKING:
@@ -40,22 +34,6 @@ SWEEP_SECONDS = 10.0
 RETRY_SECONDS = 2.0
 """How long to wait for a store that is full or cannot be reached."""
 STOP_SECONDS = 20.0
-LORA = "lora "
-"""Before the name of a style, among the digests of what a job runs on."""
-
-
-@dataclass(eq=False)
-class Running:
-    """One job that this server runs."""
-
-    row: Row
-    suspect: bool
-    task: asyncio.Task[None] | None = None
-    step: int = 0
-    total: int = 0
-    begun: bool = False
-    cancelled: bool = False
-    ended: bool = False
 
 
 @dataclass(eq=False)
@@ -66,11 +44,15 @@ class Runner:
     service: Service
     retention: Retention
     chores: Sequence[Callable[[], Awaitable[None]]] = ()
+    execution: Execution = field(init=False)
     running: dict[str, Running] = field(default_factory=dict)
     stopping: bool = False
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
     _watchers: dict[str, set[asyncio.Event]] = field(default_factory=dict)
     _loops: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.execution = Execution(self.jobs, self.service)
 
     # From the routes
 
@@ -212,9 +194,15 @@ class Runner:
             try:
                 if running.cancelled:
                     raise asyncio.CancelledError
-                ended = await self._run(running)
+                ended = await self.execution.run(running, lambda: self._tell(job_id))
             except asyncio.CancelledError:
                 ended = partial(self.jobs.leases.stopped, job_id) if running.cancelled else self._give_back(job_id)
+            except EngineDead:  # the process ends now, and this job may be why
+                ended = None
+            except (Unavailable, QueueFull) as refused:
+                if not self.stopping:
+                    await asyncio.sleep(min(RETRY_SECONDS, refused.retry_after or RETRY_SECONDS))
+                ended = self._give_back(job_id)
             running.ended = True
             if ended is not None:
                 await self._write(ended)
@@ -222,44 +210,6 @@ class Runner:
             self.running.pop(job_id, None)
             self._tell(job_id)
             self.wake()
-
-    async def _run(self, running: Running) -> Callable[[], object] | None:
-        """Run a job as a live request is run; what to write into the store then. None: leave it as it is."""
-        row = running.row
-        job_id = row["id"]
-        try:
-            asked = GenerationRequest.model_validate({**row["body"], "stream": True})
-            pictures = await self._pictures(row)
-            await self._same_weights(row)
-            record = Record(job_id, client=f"{row['priority']} jobs of {row['owner']}")
-            generation = await self.service.open(asked, record, pictures)
-            error: BaseException | None = ClientGone("the job was stopped")
-            try:
-                async for event in generation.events():
-                    if isinstance(event, Progress):
-                        running.step, running.total = event.step, event.total_steps
-                        self._tell(job_id)
-                body, files = await generation.result_files()
-                error = None
-            except ServiceError as raised:
-                error = raised
-                raise
-            finally:
-                generation.leave(error)
-        except EngineDead:  # the process ends now, and this job may be why
-            return None
-        except (Unavailable, QueueFull) as refused:
-            if not self.stopping:
-                await asyncio.sleep(min(RETRY_SECONDS, refused.retry_after or RETRY_SECONDS))
-            return self._give_back(job_id)
-        except Exception as raised:
-            known = translate(raised)
-            if known.status >= 500:
-                SERVER.error("job %s failed: %s", job_id, known.message, exc_info=raised)
-            return partial(self.jobs.leases.fail, job_id, known)
-        result = body.model_dump(mode="json", by_alias=True, exclude={"id", "created", "model", "images"})
-        result["seeds"] = list(generation.job.run.seeds)
-        return partial(self.jobs.leases.complete, job_id, result, files)
 
     def _give_back(self, job_id: str) -> Callable[[], object]:
         return partial(self.jobs.leases.release, [job_id])
@@ -278,29 +228,6 @@ class Runner:
                     SERVER.error("a finished job waits for the store: %s", error)
                 waiting = True
                 await asyncio.sleep(RETRY_SECONDS)
-
-    async def _pictures(self, row: Row) -> dict[str, bytes]:
-        store, names = self.jobs.store, [name for name in PICTURES if name in row["digests"]]
-        return {name: await store.call(lambda name=name: b"".join(store.read(row["id"], name))) for name in names}
-
-    async def _same_weights(self, row: Row) -> None:
-        """Raise `ModelChanged` where the job's picture would be another than when it was accepted."""
-        kept = row["digests"]
-        loras = [name.removeprefix(LORA) for name in kept if name.startswith(LORA)]
-        digests = await self.service.pool.run(self.digests, row["body"]["model"], kept.get("adapter_name"), loras)
-        changed = [name for name, digest in digests.items() if row["digests"].get(name) != digest]
-        if changed:
-            raise ModelChanged(f"the {changed[0]} has other weights than when the job was accepted", param=changed[0])
-
-    def digests(self, model: str, adapter: str | None, loras: Sequence[str] = ()) -> dict[str, str]:
-        """The digests of what a job runs on, by what it is."""
-        backbone = self.service.backbone(model)
-        found = {"model": backbone.digest}
-        if adapter is not None and adapter in backbone.adapters:
-            found["adapter"] = backbone.adapters.digest(backbone.adapters[adapter])
-        known = dict(backbone.adapters)
-        found |= {f"{LORA}{name}": backbone.adapters.digest(known[name]) for name in loras if name in known}
-        return found
 
 
 async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:

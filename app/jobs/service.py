@@ -100,7 +100,7 @@ class JobService:
         }
         body |= {"guidance_scale": run.guidance_scale} if run.adapter is None else {}
         loras = [info.name for info, _ in run.loras]
-        digests = await self._service.pool.run(self.runner.digests, prepared.model, run.adapter, loras)
+        digests = await self._service.pool.run(self.runner.execution.digests, prepared.model, run.adapter, loras)
         digests |= {"adapter_name": run.adapter} if run.adapter is not None else {}
         digests |= prepared.digests
         return NewJob(
