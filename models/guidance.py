@@ -77,3 +77,20 @@ def guided(conditional: Tensor, unconditional: Tensor | None, scale: float) -> T
     if unconditional is None:
         return conditional
     return unconditional + scale * (conditional - unconditional)
+
+
+@dataclass(frozen=True, slots=True)
+class FromConditional:
+    """Guidance away from the unconditional prediction, beginning at the conditional one: a scale of 0 is none."""
+
+    roles: tuple[Role, ...] = (CONDITIONAL, "unconditional")
+    above: float = 0.0
+
+    def weights(self, scales: Scales) -> dict[Role, float]:
+        """See `Guidance`."""
+        return {CONDITIONAL: 1.0 + scales.guidance, "unconditional": -scales.guidance}
+
+    def combine(self, predictions: Mapping[Role, Tensor], scales: Scales) -> Tensor:
+        """See `Guidance`."""
+        conditional, unconditional = predictions[CONDITIONAL], predictions.get("unconditional")
+        return conditional if unconditional is None else conditional + scales.guidance * (conditional - unconditional)

@@ -60,6 +60,18 @@ def resolve(
     wish = wish_of(request)
     if wish is None:
         return _resolve(model, scheduler_config, request)
+    try:
+        return _wished(model, scheduler_config, request, wish, outlook)
+    except RequestError as error:
+        if request.quality is None or not error.field.startswith("acceleration"):
+            raise
+        raise type(error)("quality", error.reason) from None
+
+
+def _wished(
+    model: ModelSpec, scheduler_config: Mapping[str, Any], request: Request, wish: Auto, outlook: Outlook | None
+) -> Run:
+    """The run that a profile of the model says meets the wish best."""
     plain = _resolve(model, scheduler_config, replace(request, acceleration=(), quality=None))
     _measured(request)
     facts = {name: getattr(plain, name) for name in ("scheduler", "num_inference_steps", "width", "height")}
@@ -205,9 +217,15 @@ def _cfg_scale(model: ModelSpec, request: Request, scale: float) -> float:
     cfg_scale = 1.0 if request.true_cfg_scale is None else request.true_cfg_scale
     _number("true_cfg_scale", cfg_scale, 0.0, 100.0)
     negative = request.negative_prompt is not None or request.negative_prompt_embeds is not None
-    if _guides(model, cfg_scale) and not negative:
+    if _guides(model, cfg_scale) and not negative and needs_guidance(request.accelerators):
         raise GuidanceRequired("negative_prompt", "is needed with true_cfg_scale: it is what that guides away from")
     return cfg_scale
+
+
+def plain_rows(model: ModelSpec, request: Request) -> int:
+    """Rows of a step of one image without acceleration."""
+    scale = model.default_guidance_scale if request.guidance_scale is None else request.guidance_scale
+    return len(model.roles) if _guides(model, _cfg_scale(model, request, scale)) else 1
 
 
 def _guides(model: ModelSpec, cfg_scale: float) -> bool:

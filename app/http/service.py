@@ -28,7 +28,7 @@ from models.backbone import Backbone
 from models.costs.macs import usage
 from models.errors import cut
 from models.request import LoraScale, Request, Run
-from models.resolve import resolve, wish_of
+from models.resolve import plain_rows, resolve, wish_of
 from models.reuse.plans import StepRows
 
 
@@ -214,7 +214,7 @@ class Service:
         seconds = asked.timeout_seconds or self.settings.deadline_seconds
         outlook = None
         if wish_of(request) is not None:
-            outlook = self.engine.outlook(name, len(spec.roles) * asked.num_images, seconds)
+            outlook = self.engine.outlook(name, plain_rows(spec, request) * asked.num_images, seconds)
         run = resolve(spec, backbone.scheduler_config, request, outlook)
         for info, _ in run.loras:  # here, so that the engine's thread need not read a file
             backbone.adapters.fetch(info)

@@ -35,7 +35,7 @@ class CfgStudent(Accelerator):
             raise StudentConflict("acceleration.adapter", f"{cut(name)!r} is {kind} (registered: {known})")
         if run.guidance_scale is not None and run.guidance_scale != info.guidance_scale:
             reason = f"the student {name!r} was distilled at {info.guidance_scale:g}, not {run.guidance_scale:g}"
-            raise StudentConflict("guidance_scale", reason)
+            raise StudentConflict(model.guided_by, reason)
         if run.negative:
             raise StudentConflict("negative_prompt", f"the student {name!r} has none; it cannot be set per request")
         return self.model_copy(update={"adapter": name})

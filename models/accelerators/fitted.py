@@ -20,7 +20,7 @@ def fitted(model: ModelSpec, run: RunSpec, what: Fitted, field: str) -> tuple[fl
         raise NoProfile(
             f"acceleration.{field}",
             f"no profile of {model.name} has them for {run.scheduler}; give them, or make one with "
-            f"`slipstream calibrate --model {model.name} --scheduler {run.scheduler}`",
+            f"`slipstream calibrate --model {model.name} --scheduler {run.scheduler}` (of 8 steps or more)",
         )
     nearest = min(having, key=lambda p: (abs(p.num_inference_steps - run.num_inference_steps), p.num_inference_steps))
     return tuple(getattr(nearest, what))

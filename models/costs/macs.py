@@ -29,8 +29,7 @@ def usage(backbone: Backbone, run: Run, ran: Sequence[Sequence[StepRows]] | None
     Where gates decide it is known afterwards only, from the steps that every image `ran`
     (`models.trajectory.effective_steps`); without them everything is taken to be computed.
     """
-    given = run.request.prompt_embeds
-    counts = counts_of(backbone, run.width, run.height, None if given is None else given.shape[1])
+    counts = counts_of(backbone, run.width, run.height, backbone.family.prompt_tokens(backbone.parts, run))
     student, styles = _weightless(backbone, run)
     images = len(run.seeds)
     plain = counts.row(RowPlan()) * run.plain_steps * run.plain_roles

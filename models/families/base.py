@@ -184,14 +184,20 @@ class Family(ABC):
         Roles other than the conditional only where the run is guided. Raises a `RequestError` that names the field.
         """
 
-    def group(self, parts: Parts, run: Run) -> Hashable:
-        """Equal for runs whose rows may share a forward without one changing another's result.
+    def prompt_tokens(self, parts: Parts, run: Run) -> int:
+        """Text tokens of a row of this run, padding included: known before anything is encoded. Any thread may ask.
 
-        Known before anything is encoded: here the length of the text, to which prompts are padded; embeddings that are
-        given may have another. Any thread may ask.
+        Here the length to which prompts are padded; embeddings that are given may have another.
         """
         given = run.request.prompt_embeds
         return parts.text_tokens if given is None else given.shape[1]
+
+    def group(self, parts: Parts, run: Run) -> Hashable:
+        """Equal for runs whose rows may share a forward without one changing another's result.
+
+        Known before anything is encoded: here the length of the text. Any thread may ask.
+        """
+        return self.prompt_tokens(parts, run)
 
     # Latents and pixels
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from models.errors import OutOfRange, RequestError
+from models.errors import OutOfRange
 from models.families.base import Parts
-from models.families.text import TextFamily
+from models.families.text import TextFamily, checked_pooled
 from models.networks.base import Network
 from models.networks.sites import JointSites
 from models.reuse.rows import Conditioning
@@ -45,8 +45,7 @@ class JointFamily(TextFamily):
         found = super().given(parts, embeds, mask, pooled)
         if "pooled_prompt_embeds" not in self.inputs:
             return found
-        if pooled is None:
-            raise RequestError("pooled_prompt_embeds", "this model needs them beside prompt_embeds")
+        pooled = checked_pooled(pooled, parts.config["pooled_projection_dim"])
         return {**found, "pooled_projections": pooled.to(parts.device, parts.dtype)}
 
     def to_vae(self, latents: Tensor, config: Any) -> Tensor:

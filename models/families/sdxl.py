@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.errors import RequestError
 from models.families import unets
 from models.families.base import Parts
 from models.families.configs import ANY
-from models.families.text import TextFamily
+from models.families.text import TextFamily, checked_pooled
 from models.guidance import ClassifierFree
 from models.request import Request, Run
 from models.reuse.rows import Conditioning
@@ -52,8 +51,7 @@ class StableDiffusionXL(unets.TextUNet):
     def given(self, parts: Parts, embeds: Tensor, mask: Tensor | None, pooled: Tensor | None) -> Conditioning:
         """See `TextFamily`."""
         found = super().given(parts, embeds, mask, pooled)
-        if pooled is None:
-            raise RequestError("pooled_prompt_embeds", "this model needs them beside prompt_embeds")
+        pooled = checked_pooled(pooled, _pooled_dim(parts.config))
         return {**found, "text_embeds": pooled.to(parts.device, parts.dtype)}
 
     def zeros_for_no_prompt(self, parts: Parts, request: Request) -> bool:
@@ -81,7 +79,7 @@ class StableDiffusionXL(unets.TextUNet):
 
     def dummy(self, config: Mapping[str, Any], rows: int, text_tokens: int) -> Conditioning:
         """See `Family`."""
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        pooled = _pooled_dim(config)
         added = {"text_embeds": pooled, "time_ids": 6}
         return unets.text(rows, text_tokens, config["cross_attention_dim"]) | {
             name: torch.empty(rows, dim, device="meta") for name, dim in added.items()
@@ -92,6 +90,10 @@ def _statistics(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the latents by channel, [1, channels, 1, 1]."""
     mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(like) for v in (config.latents_mean, config.latents_std))
     return mean, std
+
+
+def _pooled_dim(config: Mapping[str, Any]) -> int:
+    return int(config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"])
 
 
 SDXL = StableDiffusionXL()

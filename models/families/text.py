@@ -85,7 +85,10 @@ class TextFamily(Family):
     def _negative(self, parts: Parts, request: Request, conditional: Conditioning) -> Conditioning:
         if request.negative_prompt_embeds is not None:
             mask, pooled = request.negative_prompt_attention_mask, request.negative_pooled_prompt_embeds
-            return self.given(parts, request.negative_prompt_embeds, mask, pooled)
+            try:
+                return self.given(parts, request.negative_prompt_embeds, mask, pooled)
+            except RequestError as error:
+                raise type(error)(f"negative_{error.field}", error.reason) from None
         if self.zeros_for_no_prompt(parts, request):
             return {name: torch.zeros_like(tensor) for name, tensor in conditional.items()}
         if not parts.encoders():
@@ -98,6 +101,15 @@ def checked(embeds: Tensor, dim: int) -> Tensor:
     if embeds.ndim != 3 or len(embeds) != 1 or embeds.shape[2] != dim:
         raise OutOfRange("prompt_embeds", f"shape {tuple(embeds.shape)} is not (1, tokens, {dim})")
     return embeds
+
+
+def checked_pooled(pooled: Tensor | None, dim: int) -> Tensor:
+    """A pooled prompt [1, dim]. Raises a `RequestError`."""
+    if pooled is None:
+        raise RequestError("pooled_prompt_embeds", "this model needs them beside the prompt's embeddings")
+    if tuple(pooled.shape) != (1, dim):
+        raise OutOfRange("pooled_prompt_embeds", f"shape {tuple(pooled.shape)} is not (1, {dim})")
+    return pooled
 
 
 def check_alike(conditional: Conditioning, unconditional: Conditioning) -> None:

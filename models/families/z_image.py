@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,48 +13,21 @@ from torch import Tensor
 from models.families.base import Parts
 from models.families.configs import ANY
 from models.families.mmdit import JointFamily
-from models.guidance import CONDITIONAL, Scales
+from models.guidance import FromConditional
 from models.networks.attention import AttentionRows
 from models.networks.base import Network
 from models.networks.gated_blocks import BlockInputs
 from models.networks.joint_attention import ComplexRotaryAttention, install_joint
-from models.networks.modules import by_rows
 from models.networks.sites import JointSites, feed_forward
+from models.networks.stream_block import Layout, modulation, run_block
 from models.networks.transformer import Transformer, unpatchify
 from models.request import Run
 from models.reuse.plans import Role
 from models.reuse.rows import Conditioning, Row, segments
-from models.reuse.sites import Site
 
 MULTIPLE = 32
 """Image and text tokens are padded to a multiple of this many, with learned tokens that are attended to."""
 PATCH = "2-1"
-
-
-@dataclass(frozen=True, slots=True)
-class FromConditional:
-    """Guidance away from the unconditional prediction, beginning at the conditional one: a scale of 0 is none."""
-
-    roles: tuple[Role, ...] = (CONDITIONAL, "unconditional")
-    above: float = 0.0
-
-    def weights(self, scales: Scales) -> dict[Role, float]:
-        """See `Guidance`."""
-        return {CONDITIONAL: 1.0 + scales.guidance, "unconditional": -scales.guidance}
-
-    def combine(self, predictions: Mapping[Role, Tensor], scales: Scales) -> Tensor:
-        """See `Guidance`."""
-        conditional, unconditional = predictions[CONDITIONAL], predictions.get("unconditional")
-        return conditional if unconditional is None else conditional + scales.guidance * (conditional - unconditional)
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Which tokens are what: the image's come first, `image` of them, then padding; [caption, end) are the prompt's."""
-
-    image: int
-    caption: int
-    end: int
 
 
 class ZImageNetwork(Transformer):
@@ -74,6 +47,7 @@ class ZImageNetwork(Transformer):
             int(config.dim // config.n_heads),
             frozenset({"modulated"}),
             multiple=MULTIPLE,
+            image_first=True,
             modules=(frozenset({"attention", "feed_forward"}),) * config.n_layers,
         )
         super().__init__(module, module.layers, [block.attention for block in module.layers], sites)
@@ -153,39 +127,6 @@ class ZImageNetwork(Transformer):
         return -unpatchify(out[:, : (size[0] // 2) * (size[1] // 2)], size, 2)
 
 
-def modulation(block: Any, time: Tensor | None) -> Sequence[Tensor]:
-    """Scale and gate of the attention, and of the feed-forward, [rows, 1, dim]."""
-    parts: Sequence[Tensor] = block.adaLN_modulation(time).unsqueeze(1).chunk(4, dim=2)
-    return parts
-
-
-def run_block(
-    block: Any,
-    h: Tensor,
-    attended: Tensor | None,
-    positions: Tensor | None,
-    time: Tensor | None,
-    batch: AttentionRows | None,
-    feeding: Site | None = None,
-) -> Tensor:
-    """diffusers' `ZImageTransformerBlock` in its modules, of which any row may take a result from memory; `feeding` is
-    its feed-forward where that is a site."""
-    options = {"attention_mask": attended, "freqs_cis": positions, "rows": batch}
-    if not block.modulation:
-        h = h + block.attention_norm2(block.attention(block.attention_norm1(h), **options))
-        return h + block.ffn_norm2(block.feed_forward(block.ffn_norm1(h)))  # type: ignore[no-any-return]
-    scale, gate, scale_mlp, gate_mlp = modulation(block, time)
-    out = block.attention(block.attention_norm1(h) * (1.0 + scale), **options)
-    h = h + gate.tanh() * block.attention_norm2(out)
-
-    def fed(_: AttentionRows | None, x: Tensor, scale: Tensor) -> Tensor:
-        out: Tensor = block.feed_forward(block.ffn_norm1(x) * (1.0 + scale))
-        return out
-
-    out = fed(batch, h, scale_mlp) if feeding is None else by_rows(feeding, batch, (h, scale_mlp), fed)
-    return h + gate_mlp.tanh() * block.ffn_norm2(out)  # type: ignore[no-any-return]
-
-
 class ZImage(JointFamily):
     """A Qwen3 prompt of its own length before one stream of tokens."""
 
@@ -242,13 +183,21 @@ class ZImage(JointFamily):
         [caption] = super().given(parts, embeds, mask, pooled).values()
         return {"caption": caption, "caption_tokens": torch.tensor([caption.shape[1]])}
 
+    def prompt_tokens(self, parts: Parts, run: Run) -> int:
+        """See `Family`; of the longer of the two prompts."""
+        return max(self._lengths(parts, run))
+
     def group(self, parts: Parts, run: Run) -> Hashable:
         """See `Family`; the length of the longest prompt, and whether the other's is another."""
+        padded = self._lengths(parts, run)
+        return max(padded), len(padded) > 1
+
+    def _lengths(self, parts: Parts, run: Run) -> set[int]:
+        """Tokens of the prompts of a run, with their padding."""
         request, lengths = run.request, [_length(parts, text) for text in self.prompts(parts, run)]
         given = (request.prompt_embeds, request.negative_prompt_embeds if run.guided else None)
         lengths += [embeds.shape[1] for embeds in given if embeds is not None]
-        padded = {length + -length % MULTIPLE for length in lengths}
-        return max(padded), len(padded) > 1
+        return {length + -length % MULTIPLE for length in lengths}
 
     def aligned(self, parts: Parts, rows: dict[Role, Conditioning]) -> dict[Role, Conditioning]:
         """See `TextFamily`; the rows of a run are of one length, that of its longest prompt. Where that is not the

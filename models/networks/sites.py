@@ -124,6 +124,10 @@ class TransformerSites:
         probes = {"input"} | ({"residual"} if site.start else set()) | (self.offers & {"modulated"})
         return frozenset({"recall", *(f"gated by {probe}" for probe in probes)})
 
+    def image(self, tokens: int, height: int, width: int) -> slice:
+        """Which of so many tokens are the image's, for latents of this size."""
+        return slice(0, tokens)
+
     def shape(self, feature: Feature, height: int, width: int) -> tuple[int, ...]:
         """See `Sites`."""
         if feature.site == OUTPUT:
@@ -148,6 +152,7 @@ class JointSites(TransformerSites):
 
     text_tokens: int = 0
     multiple: int = 1
+    image_first: bool = False
     modules: tuple[frozenset[str], ...] = ()
     parallel: int | None = None
 
@@ -165,6 +170,11 @@ class JointSites(TransformerSites):
         if not 0 <= site.start < self.depth or site.kind not in self.modules[site.start]:
             return frozenset()
         return frozenset({"recall", "window"} if site.kind == "attention" else {"recall"})
+
+    def image(self, tokens: int, height: int, width: int) -> slice:
+        """See `TransformerSites`."""
+        image = (height // self.patch_size) * (width // self.patch_size)
+        return slice(0, image) if self.image_first else slice(tokens - image, tokens)
 
     def shape(self, feature: Feature, height: int, width: int) -> tuple[int, ...]:
         """See `Sites`; gates look at the image's own tokens."""

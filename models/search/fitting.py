@@ -14,7 +14,7 @@ from models.accelerators import TeaCache
 from models.backbone import Backbone
 from models.denoise import Tick
 from models.generate import start
-from models.networks.sites import blocks
+from models.networks.sites import TransformerSites, blocks
 from models.request import Request
 from models.resolve import resolve
 from models.reuse.plans import Entry, Reading, Recall
@@ -64,7 +64,7 @@ class _Watched:
 def fit(backbone: Backbone, requests: Sequence[Request]) -> Fit:
     """Run plain requests, alike in all but prompt and seed, and fit.
 
-    A ratio is the mean over rows and tokens of the effect's norm over that of a step before (Ma et al.,
+    A ratio is the mean over rows and the image's tokens of the effect's norm over that of a step before (Ma et al.,
     arXiv:2506.09045); the last steps, whose effect nobody keeps, repeat the one before. The coefficients are least
     squares over all rows and steps of mean|a - b| / mean|b| (Liu et al., arXiv:2411.19108).
     """
@@ -89,7 +89,8 @@ def _change(now: Tensor, before: Tensor) -> Array:
 
 def _watch(backbone: Backbone, requests: Sequence[Request]) -> Iterator[_Watched]:
     """Every step of the runs but the last `UNSEEN`."""
-    site = blocks(0, backbone.spec.depth)
+    site, sites = blocks(0, backbone.spec.depth), backbone.spec.sites
+    assert isinstance(sites, TransformerSites)  # noqa: S101  (`can_fit`)
     runs = [resolve(backbone.spec, backbone.scheduler_config, replace(r, acceleration=(NEVER,))) for r in requests]
     trajectories = [trajectory for run in runs for trajectory in start(backbone, run)]
     for step in range(trajectories[0].num_steps):
@@ -98,6 +99,7 @@ def _watch(backbone: Backbone, requests: Sequence[Request]) -> Iterator[_Watched
         rows = [row for row, _ in tick.rows]
         if step < trajectories[0].num_steps - UNSEEN:
             effects = _read(backbone, rows, (Feature(site, "effect"), step))
+            effects = effects[:, sites.image(effects.shape[1], *trajectories[0].latents.shape[2:])]
             inputs = _read(backbone, rows, (Feature(site, "probe"), 0))
             yield _Watched(effects.double(), inputs.double(), out.double())
         tick.step(out)

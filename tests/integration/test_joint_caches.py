@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +36,7 @@ from models.errors import ModelLoadError, NoProfile, PlanMismatch, WrongBackbone
 from models.generate import start
 from models.resolve import resolve
 from models.search.attention_search import search_plan
+from models.search.fitting import can_fit, fit
 from models.search.proposals import caches
 from models.training import distill
 from models.trajectory import Trajectory, effective_steps
@@ -150,6 +152,20 @@ def test_equals_diffusers_taylorseer(
     theirs = hooked(pipeline_of("flux-dev", torch.float64), config, "transformer_blocks.1.ff.net.0", **options)
     cache = TaylorSeer(order=order, interval=interval, warmup=warmup)
     assert check(run(backbone_of("flux-dev", torch.float64), cache, **options), theirs) > 1
+
+
+def test_calibrate_finds_the_ratios_that_diffusers_finds(
+    backbone_of: Backbones, pipeline_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the image's tokens, along a plain run."""
+    config = MagCacheConfig(calibrate=True, num_inference_steps=STEPS)
+    hooked(pipeline_of("flux-dev", torch.float64), config, LAST, **OPTIONS)
+    [printed] = re.findall(r"\[1\.0, .*\]", capsys.readouterr().out)
+    backbone = backbone_of("flux-dev", torch.float64)
+    assert can_fit(backbone, STEPS)
+    found = fit(backbone, [Request(prompt=PROMPT, seed=4, **OPTIONS)])
+    assert found.mag_ratios[:-2] == pytest.approx(json.loads(printed)[:-2], abs=2e-6)
+    assert len(found.mag_ratios) == STEPS
 
 
 class TeaByHand:
