@@ -330,7 +330,7 @@ def test_a_student_of_another_scale_is_told_by_the_field_that_scales(
     student_of: Backbones, backbone_of: Backbones
 ) -> None:
     backbone = student_of("flux-dev")
-    student = {"prompt": PROMPT, "acceleration": CfgStudent(), "num_inference_steps": 1}
+    student: dict[str, Any] = {"prompt": PROMPT, "acceleration": CfgStudent(), "num_inference_steps": 1}
     with pytest.raises(StudentConflict) as caught:
         generate(backbone, [Request(**student, true_cfg_scale=2.0)])
     assert caught.value.field == "true_cfg_scale"
