@@ -3,13 +3,15 @@
 Clients ask for any accelerator and any number of steps, at any moment. They are served by diffusers one after another
 (without accelerators, which its pipelines do not take per request; and U-Nets with the DeepCache package put on for
 each request that asks for it), by us one after another, by us in batches of equal settings, by us in batches of equal
-plans, and by us in mixed batches, once more with forecasts among the wishes. Before that, how many rows a tick pay.
+plans, and by us in mixed batches; then clients that wish for forecasts, too, by the package and by us: the same
+clients, moments and steps, and a forecast is a plain run where the package serves it. Before that, how many rows a
+tick pay.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from matplotlib.figure import Figure
@@ -25,6 +27,9 @@ from tests.bench.traffic import Outcome, batched, equal_plan, equal_settings, mi
 from tests.bench.zoo import Model
 
 Discipline = Callable[[], Outcome]
+DIFFUSERS, PACKAGE, MIXED = "diffusers, one by one", "DeepCache package, one by one", "ours, mixed"
+PACKAGE_FORETOLD, FORETOLD = f"{PACKAGE}, forecasts wished for", f"{MIXED}, forecasts wished for"
+CLOSED = "Closed-loop clients"
 
 
 def row_costs(model: Model, most: int, repeats: int) -> tuple[dict[int, float], int]:
@@ -60,14 +65,26 @@ def disciplines(model: Model, clients: int, each: int, max_rows: int) -> dict[st
         return generate(model.backbone, [one])
 
     return {
-        "diffusers, one by one": lambda: one_by_one(traffic, diffusers),
-        **({"DeepCache package, one by one": lambda: one_by_one(traffic, package)} if model.family == "unet" else {}),
+        DIFFUSERS: lambda: one_by_one(traffic, diffusers),
+        **({PACKAGE: lambda: one_by_one(traffic, package)} if model.family == "unet" else {}),
         "ours, one by one": lambda: one_by_one(traffic, alone),
         "ours, equal settings": lambda: batched(model, traffic, max_rows, equal_settings),
         "ours, equal plans": lambda: batched(model, traffic, max_rows, equal_plan),
-        "ours, mixed": lambda: batched(model, traffic, max_rows, mixed),
-        "ours, mixed with forecasts": lambda: batched(model, foretold, max_rows, mixed),
+        MIXED: lambda: batched(model, traffic, max_rows, mixed),
+        **({PACKAGE_FORETOLD: lambda: one_by_one(foretold, package)} if model.family == "unet" else {}),
+        FORETOLD: lambda: batched(model, foretold, max_rows, mixed),
     }
+
+
+def gains(rows: list[dict[str, object]]) -> Iterator[str]:
+    """Images a second with forecasts among the wishes over those of the other ways, a sentence for each."""
+    found = {(row["model"], row["clients"], row["served by"]): float(str(row["images/s"])) for row in rows}
+    for (model, clients, way), rate in found.items():
+        if way == FORETOLD:
+            others = (MIXED, PACKAGE, PACKAGE_FORETOLD, DIFFUSERS)
+            known = {other: found.get((model, clients, other)) for other in others}
+            ratios = (f"{rate / other:.2f} of {name}" for name, other in known.items() if other)
+            yield f"{model}, {clients} clients, images/s of {way}: " + ", ".join(ratios) + "."
 
 
 def line(model: Model, clients: int, name: str, outcomes: list[Outcome]) -> dict[str, object]:
@@ -120,7 +137,9 @@ def main() -> None:
                 for way, serve in ways.items():
                     found[way].append(serve())
             rows += [line(model, clients, way, outcomes) for way, outcomes in found.items()]
-    report.table("Closed-loop clients", rows)
+            report.table(CLOSED, rows)  # after each: a run that is cut off leaves what it has
+    for sentence in gains(rows):
+        report.remark(sentence)
     report.save(lambda figure: draw(figure, ticks, rows), (13, 4))
 
 
@@ -136,8 +155,9 @@ def draw(figure: Figure, ticks: dict[str, dict[int, float]], rows: list[dict[str
     groups = list(dict.fromkeys((row["model"], row["clients"]) for row in rows))
     for axes, key in ((throughput, "images/s"), (latency, "p95 s")):
         for i, way in enumerate(ways):
-            values = [row[key] for row in rows if row["served by"] == way]
-            axes.bar([g + i * 0.12 for g in range(len(groups))], values, 0.11, color=COLOURS[i], label=str(way))
+            known = {(row["model"], row["clients"]): row[key] for row in rows if row["served by"] == way}
+            at = [g + i * 0.1 for g, group in enumerate(groups) if group in known]
+            axes.bar(at, list(known.values()), 0.09, color=COLOURS[i], label=str(way))
         names = [f"{model}\n{clients} clients" for model, clients in groups]
         axes.set_xticks([g + 0.32 for g in range(len(groups))], names, fontsize=7)
         axes.set_ylabel(key)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from tests.bench.harness import Spread, command, machine, note
 
 Row = Mapping[str, object]
-COLOURS = ("#33425b", "#f2c14e", "#4d9078", "#f78154", "#b4436c", "#5fa8d3", "#8d99ae")
+COLOURS = ("#33425b", "#f2c14e", "#4d9078", "#f78154", "#b4436c", "#5fa8d3", "#8d99ae", "#a06cd5", "#7a5c3e")
 
 
 class Report:

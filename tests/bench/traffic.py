@@ -71,7 +71,7 @@ class Outcome:
 def orders(model: Model, clients: int, each: int, seed: int = 0, *, foretold: bool = False) -> list[list[Order]]:
     """What every client will ask for: any accelerator of the model, any of `STEPS`, arrivals apart at random.
 
-    `foretold`: forecasts are among the wishes, too.
+    `foretold`: forecasts are among the wishes, too; clients, moments and steps are the same.
     """
     rng = random.Random(seed)
     more = forecasts() if foretold else {}
@@ -79,7 +79,7 @@ def orders(model: Model, clients: int, each: int, seed: int = 0, *, foretold: bo
 
     def order(client: int, number: int) -> Order:
         steps = rng.choice(STEPS)
-        label, acceleration = rng.choice(by_steps[steps])
+        label, acceleration = by_steps[steps][int(rng.random() * len(by_steps[steps]))]  # as many numbers for any list
         delay = rng.expovariate(1 / (THINK_SECONDS if number else FIRST_SECONDS))
         request = one_request(model, steps, acceleration, seed=rng.randrange(2**31))
         return Order(client, request, f"{label}, {steps} steps", delay)
