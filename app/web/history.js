@@ -1,7 +1,8 @@
 /** Past pictures with their settings: this browser's own, and the jobs of the server's store where it has one. */
 
-import { getBlob, getJson, remove } from "./api.js";
-import { h } from "./dom.js";
+import { generate, getBlob, getJson, remove } from "./api.js";
+import { h, measured } from "./dom.js";
+import { dataUrl, pixelsOf, psnr } from "./picture.js";
 
 const DATABASE = "slipstream";
 const STORE = "pictures";
@@ -34,6 +35,7 @@ export class HistoryView {
       job.images.map((image) => ({
         created: job.completed_at * 1000,
         request: { ...job.request, seed: image.seed },
+        uploads: job.has_image,
         picture: () => getBlob(image.url.slice(1)),
         forget: () => remove(`v1/images/jobs/${job.id}`),
         from: "job",
@@ -45,12 +47,29 @@ export class HistoryView {
     const { prompt, model, seed, acceleration } = past.request;
     const modes = [acceleration ?? []].flat().map(({ mode }) => mode);
     const picture = h("img", { alt: `Past picture: ${prompt}` });
+    const pictures = h("div", { class: "pair" }, picture);
+    const said = h("span", { role: "status" });
     past.picture().then(
       (blob) => this.urls.push((picture.src = URL.createObjectURL(blob))),
       (error) => this.onerror(error),
     );
-    const restore = h("button", { type: "button", title: "Set the page to this request, to compare with now" }, "Restore");
+    const restore = h("button", { type: "button", title: "Set the page to this request" }, "Restore");
     restore.addEventListener("click", () => this.onrestore(past.request));
+    const compare = h("button", { type: "button", class: "quiet", title: "Draw it again and measure" }, "Compare with now");
+    compare.disabled = past.uploads; // the picture that it began with is not kept here
+    compare.addEventListener("click", async () => {
+      compare.disabled = true;
+      said.textContent = "drawing …";
+      try {
+        const now = await drawn(past.request);
+        said.textContent = `now: ${likeness(await pixelsOf(picture.src), await pixelsOf(now))}`;
+        pictures.replaceChildren(picture, h("img", { alt: `The same request now: ${prompt}`, src: now }));
+      } catch (error) {
+        said.textContent = "";
+        this.onerror(error);
+      }
+      compare.disabled = false;
+    });
     const forget = h("button", { type: "button", class: "quiet" }, "Delete");
     forget.addEventListener("click", async () => {
       await past.forget();
@@ -59,12 +78,25 @@ export class HistoryView {
     return h(
       "article",
       { class: "past", "aria-label": prompt },
-      picture,
+      pictures,
       h("p", {}, prompt),
-      h("p", { class: "values" }, `${model} · seed ${seed} · ${modes.join(" + ") || "no acceleration"} · ${past.from}`),
-      h("footer", {}, restore, forget),
+      h("p", { class: "values" }, `${model} · seed ${seed} · ${modes.join(" + ") || "no acceleration"} · ${past.from} `, said),
+      h("footer", {}, restore, compare, forget),
     );
   }
+}
+
+/** The picture of a request as it is drawn now, as a URL. */
+async function drawn(request) {
+  for await (const { event, data } of generate(request)) {
+    if (event === "completed") return dataUrl(data.images[0].b64_json, data.output_format);
+  }
+}
+
+/** How like two pictures are, in words. */
+function likeness(then, now) {
+  const decibels = psnr(then, now);
+  return decibels === null ? "another size" : decibels === Infinity ? "the same" : `${measured(decibels)} dB`;
 }
 
 /** Keep a finished picture in this browser. */
@@ -74,6 +106,7 @@ export async function keep(request, body) {
   const past = {
     created: Date.now(),
     request: { ...request, model: body.model, seed: image.seed, image: undefined },
+    uploads: Boolean(request.image),
     blob: new Blob([bytes], { type: `image/${body.output_format}` }),
   };
   await transaction("readwrite", (store) => store.add(past));
@@ -89,6 +122,7 @@ async function kept() {
   return values.map((value, at) => ({
     created: value.created,
     request: value.request,
+    uploads: value.uploads ?? false,
     picture: async () => value.blob,
     forget: () => transaction("readwrite", (store) => store.delete(keys[at])),
     from: "this browser",

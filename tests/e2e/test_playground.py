@@ -174,6 +174,12 @@ def test_past_pictures_come_back_with_their_settings(visit: Visit, url: str, scr
     page.screenshot(path=screenshots / "history.png")
     old = page.locator(".past", has_text="a job of the night")
     expect(old).to_contain_text("seed 11 · deepcache · job")
+    for card in (old, page.locator(".past", has_text="a small green ring")):  # of the store, and of this browser
+        card.get_by_role("button", name="Compare with now").click()
+        expect(card.get_by_role("status")).to_have_text(
+            re.compile(r"now: (the same|[5-9]\d(\.\d)? dB)"), timeout=PATIENCE
+        )
+        expect(card.locator("img")).to_have_count(2)
     old.get_by_role("button", name="Restore").click()
     expect(page.locator("#compare")).to_be_visible()
     expect(page.locator("#prompt")).to_have_value("a job of the night")
