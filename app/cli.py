@@ -56,13 +56,15 @@ def _serve(**flags: Any) -> None:
     from app.listening import CannotListen, listen
 
     try:
-        sockets = listen(settings.host, settings.port)  # before anything heavy is even imported
+        for one in listen(settings.host, settings.port):  # a taken port is said before anything heavy is even imported
+            one.close()
+        from app.serve import serve
+
+        code = serve(settings)
     except CannotListen as error:
         typer.echo(f"slipstream: {error}", err=True)
         raise typer.Exit(1) from None
-    from app.serve import serve
-
-    raise typer.Exit(serve(settings, sockets))
+    raise typer.Exit(code)
 
 
 def explain(error: ValidationError) -> list[str]:

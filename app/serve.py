@@ -7,7 +7,6 @@ import errno
 import math
 import os
 import signal
-import socket
 import time
 from functools import partial
 from types import FrameType
@@ -130,14 +129,14 @@ class Server(uvicorn.Server):
         SERVER.info("ready: %s; playground at %s/, API at %s/docs", names, self.address, self.address)
 
 
-def serve(settings: Settings, sockets: list[socket.socket] | None = None) -> int:
+def serve(settings: Settings) -> int:
     """Serve until a signal comes; the exit code.
 
     0 after a drain, 1 where the server could not start or its engine died, 128 and the signal's number where a second
-    signal cut requests off. Listens on `sockets`, or makes them, and raises `CannotListen`, before a model is loaded.
+    signal cut requests off. Raises `CannotListen` before any model is loaded.
     """
     handler = configure(settings)
-    sockets = listen(settings.host, settings.port) if sockets is None else sockets
+    sockets = listen(settings.host, settings.port)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()

@@ -34,6 +34,10 @@ from models.solvers.names import default_name, supported
 from models.spec import ModelSpec, short_name
 
 BUNDLED = Path(__file__).parent / "bundled"
+WANTED = ("*.json", "*.txt", "*.model", "*/*.safetensors")
+"""What is taken of a repository of the hub: weights of the parts, not whole checkpoints beside them."""
+UNWANTED = ("*.fp16.*", "*.non_ema.*", "safety_checker/*")
+"""The same weights once more, and what is never loaded."""
 
 
 def load(
@@ -157,8 +161,7 @@ def _locate(name: str, config: str | Path | None) -> _Source:
             raise ModelLoadError(f"{name}: no model_index.json, this is not a directory in diffusers' layout")
         return _Source(Path(name))
     try:
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
-        return _Source(Path(snapshot_download(name, allow_patterns=patterns)))
+        return _Source(Path(snapshot_download(name, allow_patterns=[*WANTED], ignore_patterns=[*UNWANTED])))
     except Exception as error:
         raise ModelLoadError(f"{name}: no bundled model, no directory, and the hub says: {error}") from error
 

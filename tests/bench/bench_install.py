@@ -18,7 +18,7 @@ import httpx
 from tests.bench.harness import ROOT, Spread, clock
 from tests.e2e.playground import free_port
 
-HELP = ([], ["serve"], ["generate"], ["jobs", "list"])
+HELP: tuple[list[str], ...] = ([], ["serve"], ["generate"], ["jobs", "list"])
 
 
 def main() -> None:

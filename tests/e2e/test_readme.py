@@ -44,9 +44,15 @@ class Block:
 
     def commands(self) -> list[list[str]]:
         """The commands of a bash block, as words."""
-        lines = self.code.replace(" && ", "\n") if self.said("last") else self.code
-        words = [shlex.split(line, comments=True) for line in re.split(r"\n(?![^']*'\n)", lines) if line.strip()]
-        return words[-1:] if self.said("last") else words
+        if self.said("last"):
+            return [shlex.split(self.code.rpartition(" && ")[2])]
+        found, open_line = [], ""
+        for line in self.code.splitlines(keepends=True):
+            open_line += line
+            if open_line.count("'") % 2 == 0 and not open_line.endswith("\\\n"):
+                found.append(shlex.split(open_line, comments=True))
+                open_line = ""
+        return found
 
 
 BLOCKS = [Block(language, code, tuple(MARK.findall(marks))) for marks, language, code in FENCE.findall(README)]

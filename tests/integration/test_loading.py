@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from app.engine.loading import load_all
 from app.engine.pace import Pace
@@ -58,7 +59,7 @@ def test_a_directory_that_is_no_pipeline(tmp_path: Path) -> None:
 def test_a_class_that_cannot_be_served(copied: Callable[[str], Path]) -> None:
     directory = copied("sd")
     edit(directory / "model_index.json", _class_name="KandinskyPipeline")
-    with pytest.raises(ModelLoadError, match="KandinskyPipeline is not one of StableDiffusionPipeline"):
+    with pytest.raises(ModelLoadError, match="KandinskyPipeline is not one of .*StableDiffusionPipeline"):
         load(str(directory))
 
 
@@ -431,16 +432,27 @@ def test_a_hub_id_is_its_snapshot(
 
 def test_nothing_that_could_run_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub is asked for JSON, text, vocabularies and safetensors; neither pickles nor code."""
-    asked: list[list[str]] = []
+    asked: dict[str, list[str]] = {}
 
-    def download(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
+    def download(name: str, **patterns: list[str]) -> str:
+        asked.update(patterns)
         raise OSError("no route to it")
 
     monkeypatch.setattr(sys.modules[load.__module__], "snapshot_download", download)
     with pytest.raises(ModelLoadError, match=r"somebody/x: no bundled model, no directory, and the hub says: no route"):
         load("somebody/x")
-    assert asked == [["*.json", "*.txt", "*.model", "*.safetensors"]]
+    weights = "diffusion_pytorch_model"
+    wanted = [
+        "model_index.json",
+        f"unet/{weights}.safetensors",
+        "tokenizer/merges.txt",
+        "text_encoder/model.safetensors",
+    ]
+    wanted += [f"transformer/{weights}-00001-of-00002.safetensors", "tokenizer_2/spiece.model"]
+    left = ["v1-5-pruned.safetensors", "v1-5-pruned.ckpt", f"unet/{weights}.bin", "pipeline.py", "unet/model.pkl"]
+    left += [f"unet/{weights}.{variant}.safetensors" for variant in ("fp16", "non_ema")]
+    left += ["safety_checker/model.safetensors"]
+    assert list(filter_repo_objects([*wanted, *left], **asked)) == wanted
 
 
 def test_a_directory_of_a_bundled_name_is_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -189,6 +190,17 @@ def test_a_taken_port_is_said_before_anything_is_imported() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith(f"slipstream: port {port} of 127.0.0.1 is taken")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("slipstream gen", "generate"), ("slipstream generate --steppi", "--stepping")]
+)
+def test_the_shell_completes(typed: str, offered: str) -> None:
+    script = "import sys\nsys.argv = ['slipstream']\nfrom app.cli import main\nmain()\n"
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    environment = os.environ | words | {"_SLIPSTREAM_COMPLETE": "complete_bash"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [offered]
 
 
 def test_acceleration_composes_by_plus_and_by_repeating() -> None:
