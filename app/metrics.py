@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -13,7 +14,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from app.logs import lost_lines
 from models.accelerators import REGISTRY, Accelerator
-from models.device import device_memory
+from models.device import device_memory, heap_bytes
 
 REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 8, 13, 20, 30, 60, 120)
 TICK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -117,11 +118,18 @@ class Metrics:
         self.webhooks = counter(
             "webhook_deliveries_total", "Tries to deliver a webhook, by what came of them.", "outcome"
         )
+        self.heap = gauge("heap_bytes", "The C library's heap: used by the program, or kept for its next use.", "state")
+        for state in heap_bytes():
+            self.heap.labels(state).set_function(partial(_heap, state))
         self.build = Info("slipstream_build", "What is running.", registry=registry)
         registry.register(_LogCollector())
         registry.register(_DeviceCollector())
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=registry)
+
+
+def _heap(state: str) -> float:
+    return heap_bytes()[state]
 
 
 class _LogCollector:

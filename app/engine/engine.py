@@ -21,8 +21,8 @@ from models.device import give_back_freed_memory, set_threads, thread_count
 from models.profiles.choice import Outlook
 
 State = Literal["loading", "ready", "draining", "stopped", "dead"]
-Loaded = tuple[Mapping[str, Backbone], Mapping[str, int]]
-"""The backbones by name, and each one's cap of rows a tick."""
+Loaded = tuple[Mapping[str, Backbone], dict[str, int]]
+"""The backbones by name, and each one's cap of rows a tick, which the worker may change."""
 
 RETRY_LOADING = 5
 IDLE_SECONDS = 5.0
@@ -48,7 +48,7 @@ class Engine:
         self.clock = clock
         self.pace = Pace()
         self.backbones: Mapping[str, Backbone] = {}
-        self.max_rows: Mapping[str, int] = {}
+        self.max_rows: dict[str, int] = {}
         self.failure: Exception | None = None
         self._state: State = "loading"
         self._lock = threading.Condition()

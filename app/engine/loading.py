@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+
+import torch
 
 import models
 from app.adapters import AdapterFiles
-from app.engine.pace import Pace, measure, pays
+from app.engine.pace import Pace, measure
+from app.engine.rows import Kept, Rows, said
 from app.logs import SERVER
 from app.metrics import Metrics
 from app.settings import Settings
 from models.backbone import Backbone
 from models.costs.macs import counts_of
 from models.denoise import advance
-from models.device import find_device, keep_freed_memory, out_of_memory, release_memory, wait
+from models.device import find_device, keep_freed_memory, out_of_memory, release_memory, thread_count, wait
 from models.generate import decode, start
 from models.resolve import least_request, resolve
 from models.reuse.plans import RowPlan
@@ -113,15 +118,29 @@ def _warm(name: str, backbone: Backbone, settings: Settings, pace: Pace) -> int:
     if isinstance(settings.max_rows, int):
         pace.observe(name, 2, tick(2))
         return settings.max_rows
-    try:
-        costs = measure(tick, MOST_ROWS.get(backbone.device.type, 64), MEASURE_SECONDS / WARM_TICKS)
-        rows = pays(costs)
-        why = ", ".join(f"{1000 * cost:.3g} at {number}" for number, cost in costs.items())
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        release_memory()
-        rows, why = 2, "no memory for more"
-    pace.observe(name, rows, tick(rows))
-    SERVER.info("%s: up to %d rows a tick; ms a row: %s", name, rows, why)
-    return rows
+    kept, key = Kept(settings.data_dir), _measured_as(name, backbone)
+    costs, how = kept.read(key), "as kept"
+    if costs is None:
+        try:
+            costs = measure(tick, MOST_ROWS.get(backbone.device.type, 64), MEASURE_SECONDS / WARM_TICKS)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            release_memory()
+            pace.observe(name, 2, tick(2))
+            SERVER.info("%s: up to 2 rows a tick: no memory for more", name)
+            return 2
+        how = "measured"
+        kept.write(key, costs)
+    pace.rows[name] = chosen = Rows(costs, partial(kept.write, key))
+    pace.observe(name, chosen.cap, tick(chosen.cap))
+    SERVER.info("%s: up to %d rows a tick; ms a row %s: %s", name, chosen.cap, how, said(costs))
+    return chosen.cap
+
+
+def _measured_as(name: str, backbone: Backbone) -> str:
+    """What a measurement is of: another model, device, precision, number of threads or version is measured anew."""
+    spec = backbone.spec
+    device = torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else platform.machine()
+    facts = (name, spec.config_hash, device, backbone.dtype, f"{thread_count()} threads", f"torch {torch.__version__}")
+    return " ".join(map(str, facts))

@@ -6,6 +6,10 @@ import math
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from app.engine.rows import Rows
 
 SMOOTHING = 0.1
 FIRST_RATIO, FIRST_DEVIATION = 1.2, 0.1
@@ -23,6 +27,8 @@ class Pace:
         self._seconds: dict[str, float] = {}
         self._ticks: dict[str, dict[int, float]] = {}
         self._ratios: dict[str, tuple[float, float]] = {}
+        self.rows: dict[str, Rows] = {}
+        """How many rows a tick pay, of models for which that is not a setting."""
 
     def observe(self, model: str, rows: int, seconds: float) -> None:
         """Learn from a tick of `rows` rows that took `seconds`."""
@@ -72,11 +78,6 @@ class Pace:
 def retry_after(seconds: float) -> int:
     """A wait in whole seconds for a client that was refused: at least one, at most an hour."""
     return min(max(math.ceil(seconds), 1), 3600)
-
-
-def knee(seconds_of: Callable[[int], float], most: int, budget: float) -> int:
-    """Rows a tick beyond which more rows stop paying, as `measure` and `pays` find them."""
-    return pays(measure(seconds_of, most, budget))
 
 
 def measure(seconds_of: Callable[[int], float], most: int, budget: float, rounds: int = 5) -> dict[int, float]:

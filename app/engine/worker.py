@@ -13,6 +13,7 @@ from app.engine.caps import Caps
 from app.engine.decoder import Decoder
 from app.engine.job import Event, Failed, Finished, Group, Job, Lane, Progress
 from app.engine.pace import Pace
+from app.engine.rows import said
 from app.errors import ForwardFailed, Impossible, Internal, NonFinite, OutOfMemory, ServiceError
 from app.logs import SERVER
 from app.metrics import UNKNOWN, Metrics
@@ -24,6 +25,7 @@ from models.device import Fence, out_of_memory, release_memory
 from models.errors import RequestError
 from models.generate import start
 from models.profiles.choice import Outlook
+from models.reuse.plans import StepRows
 from models.trajectory import Trajectory, decided, effective_steps
 
 Clock = Callable[[], float]
@@ -35,7 +37,7 @@ class Worker:
     def __init__(
         self,
         backbones: Mapping[str, Backbone],
-        max_rows: Mapping[str, int],
+        max_rows: dict[str, int],
         settings: Settings,
         metrics: Metrics,
         pace: Pace,
@@ -50,6 +52,7 @@ class Worker:
         self._clock = clock
         self._started = started
         self._ended = ended
+        self._max_rows = max_rows
         self._caps = Caps(lambda group: max_rows[group[0]])
         self._batcher: Batcher[Lane, Group] = Batcher(self._caps)
         self._decoder = Decoder(backbones, settings.decode_chunk, metrics, self._end)
@@ -160,10 +163,25 @@ class Worker:
         rows = sum(plan.num_rows for plan in plans)
         if rows:  # none where only foretold steps were left over from a tick that failed behind its forward
             self._pace.observe(model, rows, seconds)
+            self._measure_rows(lanes[0].group, plans, rows, seconds)
         self._metrics.tick_seconds.labels(model).observe(seconds)
         self._metrics.tick_rows.labels(model).observe(rows)
         self._metrics.tick_plans.labels(model).observe(len({plan.signature for plan in plans}))
         self._after(stepped)
+
+    def _measure_rows(self, group: Group, plans: Sequence[StepRows], rows: int, seconds: float) -> None:
+        """Choose the rows of the next tick by those that are full steps at the model's own size: what others cost
+        depends on more than their number."""
+        model, width, height = group[:3]
+        spec, chosen = self._backbones[model].spec, self._pace.rows.get(model)
+        native = (width, height) == (spec.native_width, spec.native_height)
+        if chosen is None or not native or any(plan.reduced for plan in plans):
+            return
+        before = chosen.cap
+        self._max_rows[model] = chosen.observe(rows, seconds)
+        if chosen.cap != before:
+            costs = said(chosen.costs)
+            SERVER.info("%s: up to %d rows a tick from now on; ms a row while serving: %s", model, chosen.cap, costs)
 
     def _advance(self, lanes: Sequence[Lane], backbone: Backbone) -> list[Lane]:
         """Advance what can be advanced and return it. A tick that fails is halved until who is at fault is alone."""

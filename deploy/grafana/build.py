@@ -253,9 +253,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Process",
-            "Resident memory of the server.",
+            "Resident memory of the server, and of that the C library's heap: used, or kept free for the next use.",
             "bytes",
-            ((f'process_resident_memory_bytes{{job=~"slipstream.*",{INSTANCE}}}', "{{instance}}"),),
+            (
+                (f'process_resident_memory_bytes{{job=~"slipstream.*",{INSTANCE}}}', "{{instance}}"),
+                (total("slipstream_heap_bytes", "state"), "heap {{state}}"),
+            ),
         ),
     ),
     "Jobs": (

@@ -61,10 +61,11 @@ class Target:
         return self.log.read_text(errors="replace")
 
     def metric(self, name: str) -> float:
-        """The sum over all series of a metric."""
+        """The sum over all series of a metric, or the value of the one that is named with its labels."""
         lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
         found = [line.rsplit(" ", 1) for line in lines if line.startswith(f"slipstream_{name}")]
-        return sum(float(value) for series, value in found if series.partition("{")[0] == f"slipstream_{name}")
+        wanted = f"slipstream_{name}"
+        return sum(float(value) for series, value in found if wanted in (series, series.partition("{")[0]))
 
     def until(self, condition: Callable[[], bool], seconds: float = 30.0) -> float:
         """Wait for something to become true; the seconds that took. TimeoutError where it does not."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from app.engine.pace import knee
+from app.engine.pace import pays
 from models import advance, generate
 from models.costs.macs import counts_of
 from models.reuse.plans import RowPlan
@@ -134,7 +134,7 @@ def main() -> None:
         model = gpu_model(name, given.device, "float32" if given.quick else given.dtype, not given.contiguous)
         found, seconds = ticks(model, 4 if given.quick else given.most, peak)
         rows.setdefault("Ticks", []).extend(found)
-        report.remark(f"{name}: {knee(seconds.__getitem__, max(seconds), float('inf'))} rows a tick pay.")
+        report.remark(f"{name}: {pays({n: s / n for n, s in seconds.items()})} rows a tick pay.")
         curves[name] = {float(n): s / n / (seconds[2] / 2) for n, s in seconds.items()}
         rows.setdefault("Host synchronisations in a mixed tick", []).append(synchronisations(model))
         rows.setdefault("Accelerators", []).extend(efficiency(model, steps, rounds))

@@ -16,7 +16,7 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
-from app.engine.pace import knee
+from app.engine.pace import pays
 from models import Request, advance, generate
 from models.accelerators import DeepCache
 from tests.bench import peers, zoo
@@ -41,7 +41,7 @@ def row_costs(model: Model, most: int, repeats: int) -> tuple[dict[int, float], 
         advance(model.backbone, running)
         seconds[rows] = statistics.median(elapsed(partial(advance, model.backbone, running)) for _ in range(repeats))
         rows *= 2
-    return seconds, knee(seconds.__getitem__, most, float("inf"))
+    return seconds, pays({rows: each / rows for rows, each in seconds.items()})
 
 
 def disciplines(model: Model, clients: int, each: int, max_rows: int) -> dict[str, Discipline]:

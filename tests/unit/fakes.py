@@ -256,7 +256,7 @@ class Hand:
         self.posted: dict[int, list[Event]] = {}
         self.worker = Worker(
             {name: backbone.real for name, backbone in self.backbones.items()},
-            dict.fromkeys(self.backbones, max_rows) if isinstance(max_rows, int) else max_rows,
+            dict.fromkeys(self.backbones, max_rows) if isinstance(max_rows, int) else dict(max_rows),
             Settings(**settings),
             self.metrics,
             self.pace,

@@ -9,7 +9,7 @@ import pytest
 
 from app.engine.batcher import LOOKAHEAD, Batcher
 from app.engine.budget import Budget
-from app.engine.pace import Pace, knee, retry_after
+from app.engine.pace import Pace, measure, pays, retry_after
 
 
 @dataclass(eq=False)
@@ -398,4 +398,4 @@ def test_the_pace_is_learned_by_model() -> None:
     ],
 )
 def test_the_knee(seconds: dict[int, float], expected: int) -> None:
-    assert knee(seconds.__getitem__, most=16, budget=20.0) == expected
+    assert pays(measure(seconds.__getitem__, most=16, budget=20.0)) == expected

@@ -323,3 +323,25 @@ def test_a_model_whose_macs_cannot_be_counted_is_served_nevertheless(
     monkeypatch.setattr(MacCounter, "at", broken)
     assert loading.warm_all({"m": backbone}, settings(max_rows=4), Metrics(), Pace()) == {"m": 4}
     assert "the MACs of m cannot be counted" in caplog.text
+
+
+def test_the_next_start_begins_with_what_was_measured(instant: Warmed, tmp_path: Path) -> None:
+    backbone, network, _ = instant("sd", falling(until=8))
+    given = settings(data_dir=tmp_path)
+    assert loading.warm_all({"m": backbone}, given, Metrics(), Pace()) == {"m": 8}
+    measured = len(network.rows)
+    pace = Pace()
+    assert loading.warm_all({"m": backbone}, given, Metrics(), pace) == {"m": 8}
+    assert by_tick(network.rows[measured:]) == [8], "one tick, for the pace"
+    assert pace.rows["m"].cap == 8
+    other = replace(backbone, spec=replace(backbone.spec, config_hash="other"))
+    loading.warm_all({"m": other}, given, Metrics(), Pace())
+    assert len(network.rows) > measured + 3, "another model is measured"
+
+
+def test_rows_that_are_a_setting_are_not_chosen_anew(instant: Warmed, tmp_path: Path) -> None:
+    backbone, _, _ = instant("sd", falling(until=8))
+    pace = Pace()
+    loading.warm_all({"m": backbone}, settings(max_rows=4, data_dir=tmp_path), Metrics(), pace)
+    assert pace.rows == {}
+    assert list(tmp_path.iterdir()) == []

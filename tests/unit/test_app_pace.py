@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.engine.pace import FIRST_GUESS, Pace, knee, measure, pays, retry_after
+from app.engine.pace import FIRST_GUESS, Pace, measure, pays, retry_after
 
 
 def test_a_row_costs_what_the_first_tick_cost_by_its_rows() -> None:
@@ -67,7 +67,7 @@ def test_the_knee_measures_doubles_while_the_next_fits_the_budget(
         asked.append(rows)
         return cost[rows]
 
-    knee(seconds_of, most, budget)
+    measure(seconds_of, most, budget)
     assert asked[: len(measured)] == measured
     assert set(asked) == set(measured)
     assert len(asked) == len(measured) or sum(cost[rows] for rows in asked) <= budget
@@ -98,4 +98,4 @@ def test_a_tick_that_took_longer_than_one_of_more_rows_was_disturbed() -> None:
 
 @pytest.mark.parametrize(("two", "expected"), [(2.09, 2), (2.11, 4)])
 def test_the_knee_gives_up_at_most_five_per_cent(two: float, expected: int) -> None:
-    assert knee({2: two, 4: 4.0}.__getitem__, most=4, budget=100.0) == expected
+    assert pays({2: two / 2, 4: 1.0}) == expected

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from app.engine.job import Event, Failed, Job, Preview, Progress
+from app.engine.rows import Rows
 from models.accelerators import Accelerator, DeepCache, DepthSkip, SelectiveGuidance
 from models.errors import OutOfRange
 from models.families import Family
@@ -871,3 +872,27 @@ def test_nothing_is_posted_by_a_worker_to_one_who_asked_for_nothing() -> None:
     events: list[Event] = hand.posted[1]
     assert events == []
     assert greys(hand.ended[job]) == [1, 2]
+
+
+def test_plain_ticks_of_the_models_own_size_choose_the_rows_of_the_next() -> None:
+    hand = Hand(max_rows=2)
+    seen: list[int] = []
+
+    class Chosen(Rows):
+        """Notes what it is shown, and lets one row more at each."""
+
+        def observe(self, rows: int, seconds: float) -> int:
+            seen.append(rows)
+            self.cap = rows + 1
+            return self.cap
+
+    hand.pace.rows["unet"] = Chosen({2: 1.0}, lambda costs: None)
+    for seed in range(1, 8):
+        hand.add(seed, steps=1)
+    hand.work()
+    assert seen == [2, 3, 2]
+    assert [len(tick) for tick in hand.backbone.ticks] == [2, 3, 2]
+    hand.add(9, steps=1, width=24)
+    hand.add(10, steps=2, **CACHE)
+    hand.work()
+    assert seen == [2, 3, 2, 1], "another size tells nothing, nor does a step that is not a full one"

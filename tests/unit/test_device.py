@@ -56,3 +56,13 @@ def test_a_processor_without_the_instructions_is_not_measured(monkeypatch: pytes
 def test_what_an_error_says_of_the_device(error: Exception, no_memory: bool, poisoned: bool) -> None:
     assert device.out_of_memory(error) is no_memory
     assert device.poisons(error) is poisoned
+
+
+def test_the_heap_says_what_is_used_and_what_is_kept() -> None:
+    if not (before := device.heap_bytes()):
+        pytest.skip("the C library does not say")
+    block = torch.ones(2**24, dtype=torch.uint8)
+    held = device.heap_bytes()
+    assert held["used"] - before["used"] >= 2**24
+    del block
+    assert held["used"] - device.heap_bytes()["used"] >= 2**24
