@@ -25,7 +25,7 @@ import httpx
 
 from tests.soak import resident_bytes
 
-START_SECONDS = 120.0
+START_SECONDS = 240.0
 MIB = 2**20
 PROMPT = "a large red ring on a white background"
 LONG: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 250, "num_images": 10}
