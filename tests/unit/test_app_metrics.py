@@ -52,6 +52,7 @@ WANTED = {
     "requests_cancelled": ("counter", "cause"),
     "prompt_cache_bytes": ("gauge", ""),
     "feature_memory_bytes": ("gauge", "model"),
+    "heap_bytes": ("gauge", "state"),
     "out_of_memory": ("counter", ""),
     "model_weight_bytes": ("gauge", "model part"),
     "adapter_memory_bytes": ("gauge", "model"),
