@@ -85,10 +85,12 @@ class Request:
 
 
 def digest(requests: Sequence[Request]) -> str:
-    """A short digest of all that requests say, with pictures and tensors by their content."""
+    """A short digest of all that requests say, with pictures and tensors by their content; what is not given is nothing,
+    so that a field more does not make what was kept useless."""
     sha = hashlib.sha256()
     for request in requests:
-        for name, value in vars(request).items():
+        given = ((name, value) for name, value in vars(request).items() if value is not None)
+        for name, value in given:
             sha.update(f"{name}={_content(value)};".encode())
     return sha.hexdigest()[:16]
 

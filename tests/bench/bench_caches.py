@@ -65,19 +65,20 @@ def rows(captions: Captions) -> Iterator[dict[str, object]]:
     even = uniform(captions.backbone)
     for cache in (*even, *others(captions.backbone)):
         mine = captions.run(captions.scheduler, captions.steps, cache)
-        steps = max(1, round(captions.steps * mine.macs / plain.macs))
+        steps = max(1, int(captions.steps * mine.macs / plain.macs))
         control = captions.run(captions.scheduler, steps)
         beside = max(
             (one for one in known if one[1].macs <= 1.02 * mine.macs), key=lambda one: one[1].macs, default=None
         )
         own = cache in even
+        over = (paired(mine.to_plain, control.to_plain), paired(mine.to_converged, control.to_converged))
         yield {
             "run": name_of(cache),
             "fewer MACs": f"{plain.macs / mine.macs:.2f}x",
             "to plain": f"{fmean(mine.to_plain):.1f}",
             "to converged": f"{fmean(mine.to_converged):.1f}",
             "plain steps": steps,
-            "over them": f"{paired(mine.to_plain, control.to_plain)}, {paired(mine.to_converged, control.to_converged)}",
+            "over them": ", ".join(over),
             "uniform": "" if own or beside is None else beside[0],
             "over it": "" if own or beside is None else paired(mine.to_plain, beside[1].to_plain),
         }
