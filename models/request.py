@@ -85,8 +85,8 @@ class Request:
 
 
 def digest(requests: Sequence[Request]) -> str:
-    """A short digest of all that requests say, with pictures and tensors by their content; what is not given is nothing,
-    so that a field more does not make what was kept useless."""
+    """A short digest of all that requests say, with pictures and tensors by their content; what is not given does
+    not count, so that a new field leaves digests as they are."""
     sha = hashlib.sha256()
     for request in requests:
         given = ((name, value) for name, value in vars(request).items() if value is not None)

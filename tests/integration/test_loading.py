@@ -59,7 +59,7 @@ def test_a_directory_that_is_no_pipeline(tmp_path: Path) -> None:
 def test_a_class_that_cannot_be_served(copied: Callable[[str], Path]) -> None:
     directory = copied("sd")
     edit(directory / "model_index.json", _class_name="KandinskyPipeline")
-    with pytest.raises(ModelLoadError, match="KandinskyPipeline is not one of .*StableDiffusionPipeline"):
+    with pytest.raises(ModelLoadError, match=r"KandinskyPipeline is not one of .*StableDiffusionPipeline"):
         load(str(directory))
 
 
