@@ -83,7 +83,8 @@ class Backbone:
     @torch.inference_mode()
     def prepare(self, runs: Sequence[Run]) -> None:
         """Encode the prompts of several runs as one batch, so that `conditioning` finds them."""
-        texts = [text for run in runs for text in self.family.prompts(self.parts, run)]
+        plain = [run for run in runs if not any(info.encodes for info, _ in run.loras)]
+        texts = [text for run in plain for text in self.family.prompts(self.parts, run)]
         if texts:
             self.family.encode(self.parts, texts)
 
@@ -94,7 +95,8 @@ class Backbone:
     @torch.inference_mode()
     def conditioning(self, run: Run) -> dict[Role, Conditioning]:
         """What the rows of a run are conditioned on by role, of [1, ...] tensors."""
-        return self.family.conditioning(self.parts, run)
+        styles = [self.applied(info, scale) for info, scale in run.loras if info.encodes]
+        return self.family.conditioning(self.parts.under(styles), run)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -97,7 +98,10 @@ def load(
     extras = _extras(source.directory)
     digest = config_hash(known)
     files_of_adapters = {**(_found(source.directory, "adapters") if depth is None else {}), **(adapters or {})}
-    registry = Adapters(lambda path, name: load_lora(path, module, digest, name), max_adapter_bytes)
+    registry = Adapters(
+        lambda path, name: load_lora(path, module, digest, name, _encoders(pipeline), partial(_named, pipeline)),
+        max_adapter_bytes,
+    )
     for adapter, path in files_of_adapters.items():
         registry.register(path, adapter)
     files = {**_found(source.directory, "plans", ".json"), **(plans or {})}
@@ -112,6 +116,22 @@ def load(
         {n: p if isinstance(p, Profile) else load_profile(p, digest, n) for n, p in measured.items()},
     )
     return Backbone(spec, family, network, parts, pipeline.scheduler.config, registry, how, batch_invariant)
+
+
+def _encoders(pipeline: Any) -> dict[str, nn.Module]:
+    """The text encoders by name."""
+    named = ((name, getattr(pipeline, name)) for name in pipeline.components if name.startswith("text_encoder"))
+    return {name: encoder for name, encoder in named if encoder is not None}
+
+
+def _named(pipeline: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A LoRA file's weights in diffusers' names, by what its pipeline knows of other ways to name them."""
+    read = getattr(type(pipeline), "lora_state_dict", None)
+    if read is None:
+        return weights
+    network = getattr(pipeline, "unet", None)
+    found = read(dict(weights), **({} if network is None else {"unet_config": network.config}))
+    return dict(found[0] if isinstance(found, tuple) else found)
 
 
 def auto_stepping(device: torch.device, dtype: torch.dtype) -> Stepping:

@@ -36,6 +36,7 @@ class AdapterInfo:
     rank: int  # the highest of its layers
     parameters: int
     negative_prompt: str = ""
+    encodes: bool = False  # whether it changes how prompts are encoded
 
     @property
     def student(self) -> bool:

@@ -58,11 +58,18 @@ class Lora:
 
     info: AdapterInfo
     terms: Terms
+    layers: Mapping[str, Term] = field(default_factory=dict)
+    """By path, what it adds to other layers of the network: a single up named "", a kernel [rank, in, h, w] as down."""
+    text: Mapping[str, Mapping[str, Term]] = field(default_factory=dict)
+    """The same by text encoder."""
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All it holds, in an order that is always the same."""
         for key in sorted(self.terms):
             yield from ((f"{key} {i}", t) for i, t in enumerate(self.terms[key].tensors))
+        for part, layers in sorted({"": self.layers, **self.text}.items()):
+            for path in sorted(layers):
+                yield from ((f"{part} {path} {i}", t) for i, t in enumerate(layers[path].tensors))
 
     @property
     def nbytes(self) -> int:
@@ -100,4 +107,5 @@ class Applied:
 
 def meta_lora(lora: Lora) -> Lora:
     """The same adapter without storage, for counting MACs; it keeps nothing of the other alive."""
-    return Lora(replace(lora.info), {key: term.to("meta") for key, term in lora.terms.items()})
+    layers = {path: term.to("meta") for path, term in lora.layers.items()}
+    return Lora(replace(lora.info), {key: term.to("meta") for key, term in lora.terms.items()}, layers)

@@ -7,10 +7,11 @@ zeros to one rank: operators do not grow with the number of adapters.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.adapters.lora import Applied, Term
 
@@ -102,3 +103,43 @@ def _stacked_ups(out: Tensor, groups: Sequence[Group], name: str, rank: int) -> 
         if missing := rank - sum(map(len, mine)):
             ups.append(out.new_zeros(missing, out.shape[-1]))
     return torch.cat(ups).view(len(groups), rank, -1)
+
+
+def add_convolution(out: Tensor, x: Tensor, groups: Sequence[Group], base: nn.Conv2d) -> None:
+    """Add what adapters make of x [rows, in, h, w] by convolutions like `base` to out [rows, out, h, w], in place."""
+    options: dict[str, Any] = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
+    unit = len(x) // len(groups)
+    changed = [i for i, group in enumerate(groups) if group]
+    if len(changed) <= LOOPED:
+        for i in changed:
+            rows = slice(i * unit, (i + 1) * unit)
+            for term, applied in groups[i]:
+                h = F.conv2d(x[rows], term.down, **options)
+                out[rows].add_(F.conv2d(h, term.ups[""].t()[..., None, None]), alpha=applied.scale)
+        return
+    first, last = changed[0], changed[-1] + 1
+    rows, some = slice(first * unit, last * unit), groups[first:last]
+    rank = max(sum(term.ranks[""] for term, _ in group) for group in some)
+    down, factor = _kernels(x, some, rank, base)
+    # One convolution in groups: channels of unlike rows beside each other.
+    spread = x[rows].reshape(len(some), unit, *x.shape[1:]).transpose(0, 1).flatten(1, 2)  # [unit, groups * in, h, w]
+    h = F.conv2d(spread, down, groups=len(some), **options)
+    size = h.shape[2:]
+    h = (
+        h.reshape(unit, len(some), rank, *size).transpose(0, 1).flatten(3) * factor[:, None, :, None]
+    )  # [groups, unit, rank, h * w]
+    ups = _stacked_ups(out.new_empty(0, out.shape[1]), some, "", rank).mT  # [groups, out, rank]
+    out[rows].add_((ups[:, None] @ h).reshape(len(some) * unit, -1, *size))
+
+
+def _kernels(x: Tensor, groups: Sequence[Group], rank: int, base: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Downs [groups * rank, in, h, w] with zeros where a group has less, and the scale [groups, rank] of each."""
+    downs: list[Tensor] = []
+    factors: list[Tensor] = []
+    for group in groups:
+        downs += [term.down for term, _ in group]
+        factors += [applied.factor.expand(term.ranks[""]) for term, applied in group]
+        if missing := rank - sum(term.ranks[""] for term, _ in group):
+            downs.append(x.new_zeros(missing, base.in_channels, *base.kernel_size))
+            factors.append(x.new_zeros(missing))
+    return torch.cat(downs), torch.cat(factors).view(len(groups), rank)

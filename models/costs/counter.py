@@ -118,7 +118,9 @@ class Counts:
             return self._cached(("unet", depth, lora and lora.shapes), lambda: self._unet(short, lora))
         skipped = [range(s.start, s.stop or 0) for s in plan.reads if s.kind == "blocks"]
         run = [block for block in range(self._network.depth) if not any(block in inside for inside in skipped)]
-        return self._cached(("frame",), self._frame) + sum(self._block(plan, block, lora) for block in run)
+        return self._cached(("frame", lora and lora.shapes), lambda: self._frame(lora)) + sum(
+            self._block(plan, block, lora) for block in run
+        )
 
     def step(self, rows: StepRows, student: Lora | None = None, styles: Sequence[Lora] = ()) -> int:
         """MACs of one step of one trajectory: the student where a plan asks for it, styles in every row."""
@@ -158,6 +160,7 @@ class Counts:
             row.role = "unconditional"
         rows = [partner, row] if twin else [row]
         x, t, conditioning = self._inputs(len(rows))
+        network = network.under(rows)
         h, inputs, _ = network.begin(x, t, conditioning, rows)
 
         def run(rows: Sequence[Row]) -> None:
@@ -173,14 +176,16 @@ class Counts:
         return both - self._block(partner.plan, block, None)
 
     @torch.inference_mode()
-    def _frame(self) -> int:
+    def _frame(self, lora: Lora | None) -> int:
         """Everything of a transformer outside its blocks."""
         x, t, conditioning = self._inputs(1)
         network, store = self._network, FeatureStore()
         assert isinstance(network, Transformer)  # noqa: S101
         every = blocks(0, network.depth)
         entry = (Feature(every, "effect"), 0)
-        row = Row(RowPlan(1, {every: Reading(Recall(), (entry,), (1.0,))}), "conditional", self)
+        row = Row(
+            RowPlan(1, {every: Reading(Recall(), (entry,), (1.0,))}), "conditional", self, adapters=_applied(lora)
+        )
         shape = network.begin(x, t, conditioning, [row])[0].shape[1:]
         store.write([(row.memory, entry)], torch.empty(1, *shape, device="meta"))
         return self._count(lambda: network.forward(x, t, conditioning, [row], store))

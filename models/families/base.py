@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import diffusers
 import torch
 from torch import Tensor, nn
 
+from models.adapters.bound import Layers, bound_parts
+from models.adapters.lora import Applied, Lora
 from models.errors import ModelLoadError
 from models.families import vae
 from models.families.configs import Values, refused
@@ -20,7 +23,7 @@ from models.guidance import Guidance
 from models.networks.base import Network
 from models.request import Run
 from models.reuse.plans import Role
-from models.reuse.rows import Conditioning
+from models.reuse.rows import Conditioning, Segment
 from models.reuse.sites import Sites
 from models.solvers.flow import FlowTimes
 from models.spec import GuidedBy, NetworkKind, Takes
@@ -39,6 +42,8 @@ class Parts:
     spare: SpareTokenizer = field(default_factory=SpareTokenizer)
     offload: bool = False
     """Whether text encoders are on the host between uses."""
+    styled: Hashable = ()
+    """Equal for parts whose text encoders are changed alike."""
 
     @property
     def vae(self) -> Any:
@@ -49,6 +54,21 @@ class Parts:
         """The text encoders that the pipeline has."""
         names = (name for name in self.pipeline.components if name.startswith("text_encoder"))
         return [encoder for name in names if (encoder := getattr(self.pipeline, name)) is not None]
+
+    def under(self, styles: Sequence[Applied]) -> Parts:
+        """The same with text encoders as these adapters change them; their prompts are kept apart."""
+        if not styles:
+            return self
+        pipeline = object.__new__(type(self.pipeline))
+        pipeline.__dict__.update(self.pipeline.__dict__)
+        part = [Segment(0, 1, (tuple(styles),))]
+        for name in (name for name in self.pipeline.components if name.startswith("text_encoder")):
+            encoder = getattr(self.pipeline, name)
+            if encoder is not None:
+                pick = partial(text_layers, name)
+                pipeline.__dict__[name] = bound_parts(encoder, "", part, pick, whole=True)
+        key = tuple((style.lora.digest, style.scale) for style in styles)
+        return replace(self, pipeline=pipeline, styled=key)
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
@@ -63,6 +83,11 @@ class Parts:
         finally:
             for encoder in self.encoders():
                 encoder.to("cpu")
+
+
+def text_layers(name: str, lora: Lora) -> Layers:
+    """What an adapter adds to one text encoder."""
+    return lora.text.get(name, {})
 
 
 class Family(ABC):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from threading import Lock
@@ -43,7 +43,7 @@ class PromptCache:
     def __init__(self, max_bytes: int = MOST_BYTES, alone: bool = False) -> None:
         self.max_bytes = max_bytes
         self.alone = alone
-        self._kept: OrderedDict[str, Conditioning] = OrderedDict()  # the newest last
+        self._kept: OrderedDict[tuple[Hashable, str], Conditioning] = OrderedDict()  # the newest last
         self._bytes = 0
         self._lock = Lock()
 
@@ -52,17 +52,20 @@ class PromptCache:
         """Bytes of what is kept."""
         return self._bytes
 
-    def encode(self, texts: Sequence[str], encode: Encode) -> list[Conditioning]:
-        """Each text as [1, ...] tensors in a dict of its own; those not kept are encoded as a batch (`alone`: each)."""
+    def encode(self, texts: Sequence[str], encode: Encode, kind: Hashable = ()) -> list[Conditioning]:
+        """Each text as [1, ...] tensors in a dict of its own; those not kept are encoded as a batch (`alone`: each).
+
+        Prompts of one `kind` are kept apart from those of another: they were encoded otherwise.
+        """
         with self._lock:
-            found = {text: self._kept[text] for text in texts if text in self._kept}
+            found = {text: self._kept[kind, text] for text in texts if (kind, text) in self._kept}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
         for together in [[text] for text in missing] if self.alone else [missing] if missing else []:
             batch = encode(together)
             found |= {text: {k: v[i : i + 1].clone() for k, v in batch.items()} for i, text in enumerate(together)}
         with self._lock:
             for text in texts:
-                self._keep(text, found[text])
+                self._keep((kind, text), found[text])
         return [dict(found[text]) for text in texts]
 
     def release(self) -> None:
@@ -71,7 +74,7 @@ class PromptCache:
             self._kept.clear()
             self._bytes = 0
 
-    def _keep(self, text: str, encoded: Conditioning) -> None:
+    def _keep(self, text: tuple[Hashable, str], encoded: Conditioning) -> None:
         if text not in self._kept:
             self._kept[text] = encoded
             self._bytes += _size(encoded)

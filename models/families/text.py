@@ -66,7 +66,7 @@ class TextFamily(Family):
             with parts.encoding():
                 return self.encode_texts(parts, missing)
 
-        return parts.prompts.encode(texts, encode)
+        return parts.prompts.encode(texts, encode, parts.styled)
 
     def conditioning(self, parts: Parts, run: Run) -> dict[Role, Conditioning]:
         """See `Family`."""

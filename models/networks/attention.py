@@ -79,6 +79,9 @@ class RowAttention:
     that rows may reuse. Subclasses project otherwise. Instances are read-only.
     """
 
+    adapts = True
+    """Whether it adds adapters' terms to its projections itself."""
+
     def __init__(self, path: str, reusable: bool = False) -> None:
         self.path = path
         self.reusable = reusable

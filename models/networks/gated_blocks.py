@@ -51,6 +51,9 @@ class Blocks(Protocol):
     def modulated(self, number: int, h: Tensor, inputs: BlockInputs) -> Tensor:
         """What the attention of block `number` sees of hidden states h [rows, tokens, dim]: normalised, modulated."""
 
+    def under(self, rows: Sequence[Row]) -> Blocks:
+        """The network as these rows run it."""
+
     def probed(self, h: Tensor, inputs: BlockInputs) -> Tensor:
         """What of hidden states a gate looks at."""
 
@@ -123,7 +126,8 @@ def _run_to_gate(network: Blocks, part: _Part, store: FeatureStore, places: Plac
         if kind == "residual":
             probe = probe - places.take(before, members)
         elif kind == "modulated":
-            probe = network.modulated(part.start, probe, part.inputs.take(places, members))
+            asked = [part.rows[i] for i in members]
+            probe = network.under(asked).modulated(part.start, probe, part.inputs.take(places, members))
         if kind != "modulated":
             probe = network.probed(probe, part.inputs)
         gates.offer([part.rows[i] for i in members], probe)

@@ -7,6 +7,7 @@ are one slice; where ranges leave gaps, they are gathered.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.adapters.bound import bound
 from models.networks.attention import AttentionRows
 from models.networks.gated_blocks import BlockInputs, run_gated
 from models.networks.gating import gates_of
@@ -37,6 +39,8 @@ class Transformer(ABC):
         self.blocks = list(blocks)
         self.reusable = list(reusable)
         self.sites = sites
+        names = {id(part): name for name, part in module.named_modules()}
+        self.paths = [names[id(block)] for block in blocks]
 
     @abstractmethod
     def begin(
@@ -65,6 +69,15 @@ class Transformer(ABC):
         """Equal for blocks that cost the same."""
         return 0
 
+    def under(self, rows: Sequence[Row]) -> Transformer:
+        """This network as these rows run it: itself where adapters change attentions alone."""
+        if not any(one.lora.layers for row in rows for one in row.adapters):
+            return self
+        seen = copy.copy(self)
+        seen.module = bound(self.module, "", rows)
+        seen.blocks = [seen.module.get_submodule(path) for path in self.paths]
+        return seen
+
     @property
     def depth(self) -> int:
         """Number of transformer blocks."""
@@ -81,12 +94,13 @@ class Transformer(ABC):
         x, t = places.take(x, order), places.take(t, order)
         conditioning = {name: places.take(value, order) for name, value in conditioning.items()}
         rows = [rows[i] for i in order]
-        h, inputs, embedded = self.begin(x, t, conditioning, rows)
+        around = self.under(rows)
+        h, inputs, embedded = around.begin(x, t, conditioning, rows)
         if gates is None:
             h = self.run_blocks((0, self.depth), h, inputs, rows, store, places, {})
         else:
             h = run_gated(self, h, inputs, rows, store, places, gates)
-        out = self.end(h, inputs, embedded, (x.shape[-2], x.shape[-1]))
+        out = around.end(h, inputs, embedded, (x.shape[-2], x.shape[-1]))
         return places.take(out, sorted(range(len(order)), key=order.__getitem__))
 
     def run_blocks(
@@ -137,8 +151,9 @@ class Transformer(ABC):
             part = places.take(h, running)
             given = inputs.take(places, running)
             active = [rows[i] for i in running]
+            seen = self.under(active)
             for block in range(start, stop):
-                part = self.block(block, part, given, attention_rows(active, block, store, places))
+                part = seen.block(block, part, given, attention_rows(active, block, store, places))
         if len(running) == len(rows) or not (running or beginning):
             return part
         if len(beginning) == len(rows):

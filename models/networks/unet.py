@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 
+from models.adapters.bound import bound
 from models.networks.attention import AttentionRows
 from models.networks.gating import Gates, gates_of
 from models.networks.levels import levels_of
@@ -59,6 +60,7 @@ class UNet:
 
     def __init__(self, module: Any) -> None:
         self.module = module
+        self.paths = {id(part): name for name, part in module.named_modules()}
         self.reusable: list[nn.Module] = []
         self.levels = levels_of(module)
         halvings = [0]
@@ -104,14 +106,14 @@ class UNet:
         rows = [rows[i] for i in order]
         if "beside" in conditioning:  # further channels of what the network is given
             x = torch.cat([x, conditioning["beside"]], dim=1)
-        unet = self.module
+        unet = bound(self.module, "", rows)
         factor = 2 ** sum(one.upsampler is not None for one in self.levels)
         if getattr(unet.config, "center_input_sample", False):
             x = 2 * x - 1.0
         batch = _Batch(
             rows,
             [depths[i] for i in order],
-            self._embed(x, t, conditioning),
+            self._embed(unet, x, t, conditioning),
             conditioning.get("encoder_hidden_states"),
             AttentionRows(rows, segments(rows)) if any(row.adapters for row in rows) else None,
             any(side % factor for side in x.shape[-2:]),
@@ -128,14 +130,14 @@ class UNet:
         if number == self.depth:
             return self._middle(x, batch)
         this = self.levels[number]
-        skip = self._attend(this.down_attention, self._down(this.down, x, batch.emb), batch)
+        skip = self._attend(this.down_attention, self._down(this.down, x, batch), batch)
         if batch.gates is None:
             h = self._inside(number, skip, batch)
         else:
             h = self._gated_inside(number, skip, batch, batch.gates)
-        h = self._attend(this.up_attention, this.up(torch.cat([h, skip], dim=1), batch.emb), batch)
+        h = self._attend(this.up_attention, self._of(this.up, batch)(torch.cat([h, skip], dim=1), batch.emb), batch)
         if this.upsampler is not None:
-            h = this.upsampler(h, x.shape[2:] if batch.resize else None)
+            h = self._of(this.upsampler, batch)(h, x.shape[2:] if batch.resize else None)
         return h
 
     def _inside(self, number: int, skip: Tensor, batch: _Batch) -> Tensor:
@@ -185,20 +187,24 @@ class UNet:
         middle = self.module.mid_block
         if middle is None:  # loaded with the deeper modules left out
             return x.new_zeros(len(x), self.levels[-1].inner_channels, *x.shape[2:])
-        h: Tensor = middle.resnets[0](x, batch.emb)
+        h: Tensor = self._of(middle.resnets[0], batch)(x, batch.emb)
         for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
-            h = resnet(self._attend(attention, h, batch), batch.emb)
+            h = self._of(resnet, batch)(self._attend(attention, h, batch), batch.emb)
         return h
 
-    @staticmethod
-    def _down(module: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
-        out: Tensor = module(x, emb) if hasattr(module, "time_emb_proj") else module(x)
+    def _of(self, module: nn.Module, batch: _Batch) -> Any:
+        """A module as the rows of this batch run it."""
+        return module if batch.adapters is None else bound(module, self.paths[id(module)], batch.rows)
+
+    def _down(self, module: nn.Module, x: Tensor, batch: _Batch) -> Tensor:
+        seen = self._of(module, batch)
+        out: Tensor = seen(x, batch.emb) if hasattr(seen, "time_emb_proj") else seen(x)
         return out
 
-    @staticmethod
-    def _attend(attention: nn.Module | None, x: Tensor, batch: _Batch) -> Tensor:
+    def _attend(self, attention: nn.Module | None, x: Tensor, batch: _Batch) -> Tensor:
         if attention is None:
             return x
+        attention = self._of(attention, batch)
         if isinstance(attention, Attention):  # an unconditional U-Net
             return cast(Tensor, attention(x))
         out: Tensor = attention(
@@ -209,8 +215,8 @@ class UNet:
         )[0]
         return out
 
-    def _embed(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        unet: Any = self.module
+    @staticmethod
+    def _embed(unet: Any, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         emb: Tensor = unet.time_embedding(unet.time_proj(t).to(x.dtype))
         if getattr(unet.config, "addition_embed_type", None) is not None:
             added = {k: conditioning[k] for k in ("text_embeds", "time_ids")}

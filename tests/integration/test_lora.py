@@ -168,9 +168,9 @@ def _foreign_shape(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     [
         (dict, {"guidance_scale": "much"}, "guidance_scale"),
         (dict, {"guidance_scale": "4", "config_hash": "of another model"}, "another base model"),
-        (_retargeted, {"guidance_scale": "4"}, "no attention projection"),
-        (_foreign_shape, {"guidance_scale": "4"}, "no attention projection"),
-        (_halved, {"guidance_scale": "4"}, "no half of a LoRA pair|no attention projection"),
+        (_retargeted, {"guidance_scale": "4"}, "is for a layer of shape"),
+        (_foreign_shape, {"guidance_scale": "4"}, "is for a layer of shape"),
+        (_halved, {"guidance_scale": "4"}, "no half of a LoRA pair"),
         (lambda _: {"x": torch.ones(1)}, {"guidance_scale": "4"}, "LoRA"),
         (dict, {"guidance_scale": "4", "lora_adapter_metadata": '{"unet.use_dora": true}'}, "use_dora"),
     ],
