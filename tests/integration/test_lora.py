@@ -168,8 +168,8 @@ def _foreign_shape(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     [
         (dict, {"guidance_scale": "much"}, "guidance_scale"),
         (dict, {"guidance_scale": "4", "config_hash": "of another model"}, "another base model"),
-        (_retargeted, {"guidance_scale": "4"}, "is for a layer of shape"),
-        (_foreign_shape, {"guidance_scale": "4"}, "is for a layer of shape"),
+        (_retargeted, {"guidance_scale": "4"}, "is for a layer of shape|in its one half"),
+        (_foreign_shape, {"guidance_scale": "4"}, "is for a layer of shape|in its one half"),
         (_halved, {"guidance_scale": "4"}, "no half of a LoRA pair"),
         (lambda _: {"x": torch.ones(1)}, {"guidance_scale": "4"}, "LoRA"),
         (dict, {"guidance_scale": "4", "lora_adapter_metadata": '{"unet.use_dora": true}'}, "use_dora"),
