@@ -31,7 +31,7 @@ WRITTEN = [ROOT / "README.md", *PAGES, *sorted((ROOT / ".github").glob("*.md"))]
 LIMIT = 1500
 """Words of the README: a newcomer finishes it. What is longer goes to a page."""
 ROW = re.compile(r"^\| `(\w+)` \| (\S+) \| (.+) \|$", re.MULTILINE)
-LIMITS = re.compile(r"^(max_\w+|\w+_seconds|decode_chunk)$")
+LIMITS = re.compile(r"^(max_\w+|\w+_(seconds|bytes)|keep_\w+|decode_chunk|jobs_in_flight)$")
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 README = (ROOT / "README.md").read_text()
 OPERATIONS = (docs.PAGES / "operations.md").read_text()
