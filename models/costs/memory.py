@@ -31,6 +31,11 @@ from models.reuse.rows import Row
 from models.reuse.store import FeatureStore
 
 DTYPE = torch.bfloat16
+OF_A_PROFILE: Mapping[str, Mapping[str, Any]] = {
+    "teacache": {"coefficients": (1.0, 0.0)},
+    "magcache": {"ratios": (1.0,)},
+}
+"""In place of what is fitted to a model: how much is remembered does not depend on it."""
 GIB = 2**30
 BUNDLED = Path(__file__).parents[1] / "bundled"
 
@@ -80,7 +85,7 @@ def memory_plan(
     features = {"none": plain.feature_bytes}
     for mode, cls in REGISTRY.items():
         try:
-            accelerator: Accelerator = cls(mode=mode)
+            accelerator: Accelerator = cls(mode=mode, **OF_A_PROFILE.get(mode, {}))
             run = resolve(spec, scheduler_config, least_request(spec, acceleration=accelerator, **asked))
         except (RequestError, ValueError):  # on another kind of network, or nothing without a file of its own
             continue
