@@ -42,7 +42,8 @@ def test_a_plan_of_real_size(name: str) -> None:
     assert plan.weights == 2 * plan.parameters
     cache = "deepcache" if "deepcache" in plan.features else "delta_dit"
     assert plan.features["none"] == 0 < plan.features["forecast"] < plan.features[cache]
-    assert plan.features["taylorseer"] > plan.features["teacache"] > plan.features["magcache"] > 0
+    if cache == "delta_dit":
+        assert plan.features["taylorseer"] > plan.features["teacache"] > plan.features["magcache"] > 0
     assert plan.rows(2**30) == 0
     assert plan.rows(2**50) > plan.rows(2**50, plan.features[cache]) > plan.rows(2**49)
 
