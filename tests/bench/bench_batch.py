@@ -1,21 +1,29 @@
 """A batch of 50,000 lines through a server of its own process: memory while it is sent, checked, run and written.
 
 After `--run` finished lines the batch is cancelled, and its 50,000 lines go into the output and error files;
-`--whole` runs all of them. `slipstream bench batch`
+`--whole` runs all of them; `--store` has no server and draws nothing: a file of the largest size
+through the store alone.
+`slipstream bench batch`
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from app.jobs.batches import Batches
+from app.jobs.files import CONTENT, Files
+from app.jobs.outcome import Outcome
+from app.jobs.queue import Jobs
+from app.jobs.store import Store
 from tests.bench.harness import ROOT
 from tests.drill import PROMPTS, Server, running
 from tests.pipelines import save_pipeline
@@ -30,12 +38,16 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=50_000)
     parser.add_argument("--run", type=int, default=500, help="Lines that are finished before the batch is cancelled.")
     parser.add_argument("--whole", action="store_true", help="Run all lines.")
+    parser.add_argument("--store", action="store_true", help="The store alone, lines of 4 KB.")
     parser.add_argument("--quick", action="store_true", help="A smoke run.")
     asked = parser.parse_args()
     if asked.quick:
         asked.lines, asked.run = 300, 20
     with tempfile.TemporaryDirectory(prefix="slipstream-batch-") as name:
         folder = Path(name)
+        if asked.store:
+            print(through_the_store(folder, asked.lines))
+            return
         server = Server(
             {"model": save_pipeline("sd", folder), "data_dir": folder / "data"}, folder / "log", forked=True
         )
@@ -45,6 +57,34 @@ def main() -> None:
     target = ROOT / "runs" / "bench" / "batch.txt"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text + "\n")
+
+
+def through_the_store(folder: Path, lines: int) -> str:
+    """Keep, check, cancel and write out a batch of lines of 4 KB: the peak of this process's memory after each."""
+    store = Store(folder)
+    batches = Batches(store, Jobs(store), keep_seconds=3600)
+
+    def file() -> Iterator[bytes]:
+        for number in range(lines):
+            asked = {"custom_id": f"{number}", "method": "POST", "url": ENDPOINT, "body": {"prompt": "x" * 3900}}
+            yield json.dumps(asked).encode() + b"\n"
+
+    def peak() -> str:
+        return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
+
+    told = [f"at rest: {peak()}"]
+    row = Files(store).add("me", "in.jsonl", file(), size=0)
+    told.append(f"kept, {row['size'] / MIB:.0f} MiB: {peak()}")
+    batch = batches.create("me", ENDPOINT, row["id"], "24h", None)
+    batches.validate(batch, lines, MIB)
+    told.append(f"checked: {peak()}")
+    batches.cancel(batch["id"], "me")
+    Outcome(batches).finalize(batches.get(batch["id"], "me"), "cancelled", MIB)
+    written = store.read(batches.get(batch["id"], "me")["error_file_id"], CONTENT)
+    count = sum(chunk.count(b"\n") for chunk in written)
+    told.append(f"{count} lines written: {peak()}")
+    store.close()
+    return "\n".join(told)
 
 
 def measure(server: Server, http: httpx.Client, path: Path, lines: int, run: int | None) -> str:
