@@ -35,7 +35,8 @@ and learns along with the U-Net. Scenes, instructions and edited scenes are draw
 instructions are empty, 5% of the pictures are missing, and 5% lack both. Half of the timesteps are in the noisiest
 quarter, where it is settled what an edit comes to. Muon on the matrices, AdamW on the rest, moving average of the
 weights.
-This one: {steps} steps of {batch} edits, of {scenes} scenes with three edits each, {minutes:.0f} minutes on {hardware}.
+This one: {steps} steps of {batch} edits, of {scenes} scenes with three edits each, {minutes:.0f} minutes on
+{hardware}.{notes}
 Scenes whose combination is in the tenth that shapes-sd was never shown are held out, and so are edits that lead to one.
 
 ## Measured
@@ -64,7 +65,7 @@ def text(name: str, description: str, parts: dict[str, int], figures: dict[str, 
         operations=" | ".join(_OPERATIONS),
         rules="|".join("---" for _ in _OPERATIONS),
         table="\n".join(_row(scale, rates) for scale, rates in figures["rates"].items()),
-        **{key: value for key, value in figures.items() if key != "rates"},
+        **{"notes": ""} | {key: value for key, value in figures.items() if key != "rates"},
     )
 
 

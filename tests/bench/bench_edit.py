@@ -153,7 +153,7 @@ def picture(grid: Sequence[Sequence[Image.Image]], path: Path) -> None:
 
 def main() -> None:
     """Measure, and write edit.json, edit.md and edit.png."""
-    given = options(__doc__.splitlines()[0], model="shapes-edit", edits=32, search=6, steps=[5, 10, 20], depth=4)
+    given = options(__doc__.splitlines()[0], model="shapes-edit", edits=32, search=6, steps=[5, 10, 20], depth=5)
     count, search, steps = (2, 1, [2]) if given.quick else (given.edits, given.search, given.steps)
     found = measure(given.model, count, search, steps, given.depth, given.rounds or (1 if given.quick else 5))
     given.output.mkdir(parents=True, exist_ok=True)
