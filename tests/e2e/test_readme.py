@@ -23,6 +23,7 @@ from PIL import Image
 from app.cli import main
 from tests.e2e.playground import free_port, wait_until_ready
 from tests.single_file import save_single_file
+from tests.styles import save_style
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 FENCE = re.compile(r"((?:<!--[^>]*-->\n)*)```(\w+)\n(.*?)```", re.DOTALL)
@@ -90,10 +91,11 @@ class Place:
 def place(
     tmp_path_factory: pytest.TempPathFactory, pipeline_dir: Callable[[str], Path], pipeline_of: Callable[..., Any]
 ) -> Iterator[Place]:
-    """A user's folder: a model in diffusers' layout, another in one file, some prompts."""
+    """A user's folder: a model in diffusers' layout, another in one file, a LoRA, some prompts."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(pipeline_dir("sd"), folder / "my-model")
     save_single_file(pipeline_of("sd"), folder / "other.safetensors")
+    save_style(pipeline_of("sd"), folder / "watercolour.safetensors", 1)
     (folder / "prompts.txt").write_text("a red ring\na blue star\n")
     place = Place(folder)
     yield place
@@ -101,6 +103,7 @@ def place(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"{i}-{block.language}" for i, block in enumerate(BLOCKS)])
 def test_a_block(
     block: Block, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -131,7 +134,7 @@ def test_a_block(
 @pytest.mark.slow
 def test_what_the_blocks_leave_behind(place: Place) -> None:
     left = {path.name for path in place.folder.iterdir()}
-    assert {"ring.png", "star.png", "profile.json", "profile.png", "student", "D2.json", "D2.png"} <= left
+    assert {"ring.png", "star.png", "styled.png", "profile.json", "profile.png", "student", "D2.json", "D2.png"} <= left
     for name in ("ring.png", "star.png"):
         with Image.open(place.folder / name) as picture:
             assert picture.size == (64, 64)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,14 @@ def test_its_first_screen_has_the_two_commands() -> None:
     screen = "\n".join(README.splitlines()[:30])
     assert "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/slipstream serve\n" in screen
     assert 'python3 -m venv .venv && .venv/bin/pip install ".[test]" && .venv/bin/pytest\n' in screen
+
+
+def test_the_licence_is_packed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    [file] = project["license-files"]
+    assert "Apache License" in (ROOT / file).read_text()
+    assert f"COPY {file} " in (ROOT / "Dockerfile").read_text()
+    assert f"!{file}" in (ROOT / ".dockerignore").read_text().splitlines()
 
 
 def table() -> dict[str, tuple[str, str]]:
