@@ -30,6 +30,9 @@ class Settings(BaseSettings):
         description="Models to serve: bundled name, directory, hub id or .safetensors file. First is default.",
     )
     adapter: Names = Field((), description="LoRAs, students or styles, MODEL=PATH each, known by the path's last part.")
+    alias: Names = Field(
+        (), description="Other names of models, ALIAS=MODEL each: dall-e-3=shapes-sd, for clients that know no other."
+    )
     plan: Names = Field((), description="DiTFastAttn plans, MODEL=PATH each, known by the file's name.")
     profile: Names = Field((), description="Measured profiles, MODEL=PATH each, known by the file's name.")
     config: Names = Field(
@@ -102,6 +105,17 @@ class Settings(BaseSettings):
         2**24, ge=64, description="Pixels of an uploaded image, and of all that are decoded at once; checked before."
     )
     deadline_seconds: float = Field(600.0, gt=0, le=86_400, description="Longest a request may take.")
+    link_seconds: float = Field(
+        3600.0, gt=0, le=604_800, description="Seconds that pictures asked for as addresses (url) can be read."
+    )
+    max_link_bytes: int = Field(
+        64 * 2**20, ge=2**20, description="Such pictures kept without a store, in bytes; the oldest give way."
+    )
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s?#]+$",
+        description="What addresses in answers begin with; default as the client itself addressed this server.",
+    )
     drain_seconds: float = Field(60.0, ge=0, le=86_400, description="Longest wait for accepted requests on SIGTERM.")
 
     data_dir: Path | None = Field(
@@ -144,7 +158,7 @@ class Settings(BaseSettings):
     log_file: Path | None = Field(None, description="Log into this file instead of standard error.")
 
     @field_validator(
-        *("model", "adapter", "plan", "profile", "config", "depth", "api_keys", "cors_origins"),
+        *("model", "alias", "adapter", "plan", "profile", "config", "depth", "api_keys", "cors_origins"),
         *("webhook_origins", "webhook_networks"),
         mode="before",
     )
@@ -200,6 +214,11 @@ class Settings(BaseSettings):
         names = {short_name(model) for model in self.model}
         if len(names) != len(self.model):
             raise ValueError("model: two models of the same name")
+        for value in self.alias:
+            alias, _, name = value.partition("=")
+            if not alias or alias in names or name not in names:
+                known = ", ".join(sorted(names))
+                raise ValueError(f"alias: {value!r} is not ALIAS=MODEL with a new name for one of {known}")
         for field, values, kind in (
             ("adapter", self.adapter, "PATH"),
             ("plan", self.plan, "PATH"),
@@ -213,6 +232,11 @@ class Settings(BaseSettings):
                     known, number = ", ".join(sorted(names)), ", and BLOCKS a number from 1" * (kind == "BLOCKS")
                     raise ValueError(f"{field}: {value!r} is not MODEL={kind} with MODEL one of {known}{number}")
         return self
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The models behind other names."""
+        return dict(value.split("=", 1) for value in self.alias)
 
     def blocks(self, model: str) -> int | None:
         """How many input blocks to load of one model; None: all."""

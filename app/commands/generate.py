@@ -111,7 +111,7 @@ def generate(
         class_label=class_label,
         acceleration=accelerators,
         quality=quality,
-        loras=[_lora(text) for text in lora or ()],
+        loras=tuple(_lora(text) for text in lora or ()),
     )
     with progress_bar("denoising") as bar:
         task = bar.task_ids[0]

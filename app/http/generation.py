@@ -16,7 +16,7 @@ from app.http.counting import Count, Counting
 from app.http.pictures import encode, to_base64
 from app.http.pool import Pool
 from app.http.record import Record
-from app.http.schemas.requests import GenerationRequest, OutputFormat
+from app.http.schemas.requests import GenerationRequest
 from app.http.schemas.responses import GeneratedImage, GenerationBody, ProfileBody, TimingBody, UsageBody
 from app.http.waiting import Held, in_time
 from app.metrics import Metrics
@@ -138,7 +138,7 @@ class Generation:
         began = time.monotonic()
         async with in_time(self.deadline):
             files = [
-                await self.pool.run(_file, image, self.asked.output_format, self.facts(seed), seed)
+                await self.pool.run(_file, image, self.asked, self.facts(seed), seed)
                 for image, seed in zip(self.finished.images, self.job.run.seeds, strict=True)
             ]
         costs = await self._known()
@@ -163,7 +163,7 @@ class Generation:
     async def preview(self, event: Preview) -> str:
         """A partial image as base64."""
         seed = self.job.run.seeds[event.index]
-        file = await self.pool.run(_file, event.image, self.asked.output_format, self.facts(seed), seed)
+        file = await self.pool.run(_file, event.image, self.asked, self.facts(seed), seed)
         return await self.pool.run(to_base64, file)
 
     def facts(self, seed: int) -> dict[str, Any]:
@@ -208,9 +208,9 @@ class Generation:
             self.metrics.cancelled.labels("shutdown").inc()
 
 
-def _file(pixels: Pixels, output_format: OutputFormat, facts: dict[str, Any], seed: int) -> bytes:
+def _file(pixels: Pixels, asked: GenerationRequest, facts: dict[str, Any], seed: int) -> bytes:
     """A decoded image as a file."""
-    return encode(to_pictures(pixels[None])[0], output_format, facts, seed)
+    return encode(to_pictures(pixels[None])[0], asked.output_format, facts, seed, asked.output_compression)
 
 
 def _all_base64(files: list[bytes]) -> list[str]:

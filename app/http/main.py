@@ -20,10 +20,13 @@ from app.engine.loading import load_all, warm_all
 from app.engine.pace import Pace
 from app.http import problems
 from app.http.intake import FREE_BYTES, Bodies, Intake
+from app.http.links import PREFIX as LINKS
+from app.http.links import Links
 from app.http.middleware import Authorize, Head, Observe
-from app.http.routes import adapters, batches, docs, files, generate, info, openai
+from app.http.routes import adapters, batches, docs, files, generate, info, links, openai, webui
 from app.http.routes import jobs as jobs_routes
 from app.http.service import Service
+from app.http.webui import Clients
 from app.metrics import Metrics
 from app.settings import Settings
 from models.backbone import Backbone
@@ -33,8 +36,9 @@ if TYPE_CHECKING:
     from app.jobs.service import JobService
 
 DESCRIPTION = "Diffusion inference where each request chooses its own acceleration and all share one batch."
-ALWAYS_OPEN = ("/health/", "/", "/web/", "/docs", "/docs-assets/", "/openapi.json")
-"""Paths that never ask for a key: health, and pages that hold no data and have a place to give the key."""
+ALWAYS_OPEN = ("/health/", "/", "/web/", "/docs", "/docs-assets/", "/openapi.json", LINKS)
+"""Paths that never ask for a key: health, pages that hold no data and have a place to give the key, and pictures at
+addresses that nobody guesses."""
 
 
 def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbone] | None = None) -> FastAPI:
@@ -74,10 +78,12 @@ def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbon
     )
     app.state.settings, app.state.metrics, app.state.engine, app.state.service = settings, metrics, engine, service
     app.state.jobs = jobs
+    app.state.webui = Clients()
+    app.state.links = Links(settings.link_seconds, settings.max_link_bytes, None if jobs is None else jobs.files)
     app.state.bodies = bodies
     app.state.created = time.time()
     problems.install(app)
-    for module in (generate, jobs_routes, files, batches, openai, adapters, info, docs):
+    for module in (generate, jobs_routes, files, batches, openai, links, webui, adapters, info, docs):
         app.include_router(module.router)
     app.mount("/docs-assets", docs.ASSETS, name="docs-assets")
     app.mount("/web", StaticFiles(directory=info.WEB), name="web")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hmac
 import logging
 import re
@@ -21,7 +22,7 @@ from app.logs import REQUESTS
 from app.metrics import Metrics
 from models.errors import cut
 
-ENDPOINTS = ("/generate", "/v1/images/generations", "/v1/images/edits")
+ENDPOINTS = ("/generate", "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
 """Routes that are counted, by their path."""
 ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -142,10 +143,23 @@ class Authorize:
             path == known or (known.endswith("/") and known != "/" and path.startswith(known)) for known in self._open
         ):
             return True
-        value: bytes = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, given = value.partition(b" ")
-        matches = [hmac.compare_digest(given.strip(), key) for key in self._keys]
-        return any(matches) and scheme.lower() == b"bearer"
+        given = key_in(next((value for name, value in scope["headers"] if name == b"authorization"), b""))
+        matches = [hmac.compare_digest(given, key) for key in self._keys]
+        return any(matches)
+
+
+def key_in(header: bytes) -> bytes:
+    """The key in an Authorization header: of Bearer, or as the password of Basic, which some tools can only send."""
+    scheme, _, given = header.partition(b" ")
+    match scheme.lower():
+        case b"bearer":
+            return given.strip()
+        case b"basic":
+            try:
+                return base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+            except ValueError:
+                return b""
+    return b""
 
 
 def _spellings(key: str) -> set[bytes]:

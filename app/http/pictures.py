@@ -107,8 +107,13 @@ def _flatten_grey(picture: Image.Image) -> Upload:
     return Upload(Image.fromarray(np.where(opaque, grey, np.uint8(255))).convert("RGB"), alpha)
 
 
-def encode(picture: Image.Image, output_format: OutputFormat, facts: dict[str, Any], seed: int) -> bytes:
-    """A picture as a file. A PNG says in its text chunks what was asked for (`slipstream`) and the seed."""
+def encode(
+    picture: Image.Image, output_format: OutputFormat, facts: dict[str, Any], seed: int, quality: int | None = None
+) -> bytes:
+    """A picture as a file, of `quality` up to 100 where its format loses anything.
+
+    A PNG says in its text chunks what was asked for (`slipstream`) and the seed.
+    """
     out = io.BytesIO()
     if output_format == "png":
         chunks = PngImagePlugin.PngInfo()
@@ -116,7 +121,7 @@ def encode(picture: Image.Image, output_format: OutputFormat, facts: dict[str, A
         chunks.add_text("seed", str(seed))
         picture.save(out, "PNG", pnginfo=chunks)
     else:
-        picture.save(out, output_format.upper(), quality=QUALITY)
+        picture.save(out, output_format.upper(), quality=QUALITY if quality is None else quality)
     return out.getvalue()
 
 

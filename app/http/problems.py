@@ -86,7 +86,7 @@ def invalid(errors: Sequence[ErrorDetails | dict[str, Any]]) -> ServiceError:
     if first["type"] == "json_invalid":
         return Malformed(f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}")
     unknown = first["type"] == "extra_forbidden"
-    path = [str(part) for part in first["loc"] if part in KNOWN_FIELDS]
+    path = [str(part) for part in first["loc"] if part in KNOWN_FIELDS] or _together(first)
     if unknown:
         path = [*path, cut(str(first["loc"][-1]))] if first["loc"][-1] not in path[-1:] else path
     if not path:
@@ -96,6 +96,12 @@ def invalid(errors: Sequence[ErrorDetails | dict[str, Any]]) -> ServiceError:
     )
     error.code = "unknown_field" if unknown else "missing" if first["type"] == "missing" else "invalid_value"
     return error
+
+
+def _together(error: ErrorDetails | dict[str, Any]) -> list[str]:
+    """The field at fault where several do not fit together."""
+    field = error.get("ctx", {}).get("field")
+    return [field] if error["type"] == "conflict" and field is not None else []
 
 
 def _reason(error: ErrorDetails | dict[str, Any]) -> str:

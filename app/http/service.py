@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import random
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from app.adapters import AdapterFiles
@@ -26,7 +26,7 @@ from app.metrics import Metrics, acceleration_label
 from app.settings import Settings
 from models.backbone import Backbone
 from models.costs.macs import usage
-from models.errors import cut
+from models.errors import RequestError, cut
 from models.request import LoraScale, Request, Run
 from models.resolve import plain_rows, resolve, wish_of
 from models.reuse.plans import StepRows
@@ -55,6 +55,7 @@ class Service:
         self.counting = Counting()
         self.waiting = Waiting(settings.max_waiting_bytes, lambda: self.engine.retry_after())
         metrics.waiting_bytes.set_function(lambda: self.waiting.bytes)
+        self._aliases = settings.aliases
         self._decoding = Pixels(settings.max_image_pixels)
 
     def close(self) -> None:
@@ -62,13 +63,18 @@ class Service:
         self.pool.close()
         self.counting.close()
 
-    def backbone(self, name: str | None) -> Backbone:
-        """A served model; the first where none is named."""
+    def model(self, name: str | None, field: str = "model") -> str:
+        """A served model by its name or another that it has; the first where none is named. Raises `ModelNotFound`."""
         backbones = self.engine.backbones
-        known = name if name is not None else next(iter(backbones))
+        known = next(iter(backbones)) if name is None else self._aliases.get(name, name)
         if known not in backbones:
-            raise ModelNotFound(f"model: {cut(known)!r} is not served; one of {', '.join(backbones)}", param="model")
-        return backbones[known]
+            served = ", ".join([*backbones, *self._aliases])
+            raise ModelNotFound(f"{field}: {cut(known)!r} is not served; one of {served}", param=field)
+        return known
+
+    def also(self, name: str) -> list[str]:
+        """The other names of a model."""
+        return [alias for alias, model in self._aliases.items() if model == name]
 
     async def open(
         self, asked: GenerationRequest, record: Record, uploads: dict[str, bytes] | None = None
@@ -132,8 +138,8 @@ class Service:
         `pictures` that came as files stand in place of those in the request.
         """
         self.engine.check()
-        name = asked.model if asked.model is not None else next(iter(self.engine.backbones))
-        backbone = self.backbone(name)
+        name = self.model(asked.model)
+        backbone = self.engine.backbones[name]
         record.model = name
         record.acceleration = acceleration_label(asked.accelerators)
         self.limit(asked)
@@ -163,6 +169,9 @@ class Service:
             value = getattr(asked, name)
             if value is not None and value > most:
                 raise Impossible(f"{name}: {value} is more than this server's {most}", param=name)
+        if asked.output_compression is not None and asked.output_compression < 100 and asked.output_format == "png":
+            reason = "is for jpeg and webp; a png loses nothing"
+            raise Impossible(f"output_compression: {reason}", param="output_compression")
         for name in ("prompt", "negative_prompt"):
             text = getattr(asked, name) or ""
             if len(text) > settings.max_prompt_length:
@@ -215,7 +224,13 @@ class Service:
         outlook = None
         if wish_of(request) is not None:
             outlook = self.engine.outlook(name, plain_rows(spec, request) * asked.num_images, seconds)
-        run = resolve(spec, backbone.scheduler_config, request, outlook)
+        try:
+            run = resolve(spec, backbone.scheduler_config, request, outlook)
+        except RequestError:
+            if not asked.quality_may_pass or asked.quality is None:
+                raise
+            asked.quality = None  # nothing was measured that it could choose from
+            run = resolve(spec, backbone.scheduler_config, replace(request, quality=None))
         for info, _ in run.loras:  # here, so that the engine's thread need not read a file
             backbone.adapters.fetch(info)
         return run, backbone.group(run)

@@ -99,6 +99,8 @@ class Driver:
             asked = ImagesRequest.model_validate(line["body"])
             if asked.stream:
                 raise Impossible("stream: is not for batches", param="stream")
+            if asked.response_format == "url":
+                raise Impossible("response_format: a batch writes b64_json", param="response_format")
             if row["endpoint"].endswith("edits") and asked.image is None:
                 raise Impossible("image: is required, as base64", param="image")
             new = await self._service.prepare(asked.plain(), row["owner"], Record(f"{row['id']}-{number}"), "batch")

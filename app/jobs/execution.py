@@ -97,7 +97,7 @@ class Execution:
 
     def digests(self, model: str, adapter: str | None, loras: Sequence[str] = ()) -> dict[str, str]:
         """The digests of what a job runs on, by what it is."""
-        backbone = self.service.backbone(model)
+        backbone = self.service.engine.backbones[model]
         found = {"model": backbone.digest}
         if adapter is not None and adapter in backbone.adapters:
             found["adapter"] = backbone.adapters.digest(backbone.adapters[adapter])

@@ -21,8 +21,16 @@ class Files:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def add(self, owner: str, filename: str, chunks: Iterable[bytes], size: int, keep: float | None = None) -> Row:
-        """Keep a file that a client sent, for `keep` seconds. Raises `StoreFull`."""
+    def add(
+        self,
+        owner: str,
+        filename: str,
+        chunks: Iterable[bytes],
+        size: int,
+        keep: float | None = None,
+        purpose: str = "batch",
+    ) -> Row:
+        """Keep a file of a client's, for `keep` seconds. Raises `StoreFull`."""
         self.store.make_sure_of_room(size)
         with self.store.begin() as connection:
             count = sa.select(sa.func.count()).select_from(FILES).where(FILES.c.owner == owner)
@@ -31,7 +39,7 @@ class Files:
         file_id, now = new_id("file"), self.store.clock()
 
         def record(connection: sa.Connection, sizes: dict[str, int]) -> Row:
-            values = described(file_id, owner, "batch", filename, sizes[file_id], now, keep)
+            values = described(file_id, owner, purpose, filename, sizes[file_id], now, keep)
             return connection.execute(sa.insert(FILES).values(values).returning(FILES)).mappings().one()
 
         return self.store.write({file_id: chunks}, CONTENT, record)

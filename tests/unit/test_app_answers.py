@@ -68,6 +68,15 @@ def check_images(images: list[dict[str, Any]]) -> None:
         assert picture.text["seed"] == str(70 + i)  # type: ignore[attr-defined]
 
 
+TOKENS: dict[str, Any] = {
+    "input_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    "output_tokens": 0,
+    "total_tokens": 0,
+}
+"""OpenAI's counts, by which nothing goes here."""
+
+
 @aio
 async def test_every_value_of_a_json_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     async with faked(monkeypatch) as served:
@@ -102,7 +111,7 @@ async def test_every_value_of_openais_answer(monkeypatch: pytest.MonkeyPatch) ->
         "model": "unet",
         "acceleration": [DEEPCACHE, GUIDANCE],
         "profile": None,
-        "usage": USAGE,
+        "usage": USAGE | TOKENS,
         "timing": TIMING,
         "size": "24x40",
         "width": 24,
@@ -278,7 +287,7 @@ async def test_openais_stream_in_its_order_with_its_numbers(monkeypatch: pytest.
         assert data["type"] == "image_generation.completed"
         assert abs(data["created_at"] - time.time()) < 60
         assert (data["size"], data["width"], data["height"], data["output_format"]) == ("24x40", 24, 40, "png")
-        assert (data["usage"], data["timing"], data["model"]) == (USAGE, TIMING, "unet")
+        assert (data["usage"], data["timing"], data["model"]) == (USAGE | TOKENS, TIMING, "unet")
         assert not {"data", "images", "created"} & set(data)
 
 
@@ -446,6 +455,7 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert dit == common | {
         "id": "dit",
         "default": False,
+        "aliases": [],
         "description": "draws",
         "family": "dit",
         "layout": "pixart",
@@ -481,7 +491,14 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     }
     assert (unet["id"], unet["default"], unet["max_rows"], unet["size_multiple"]) == ("unet", True, 5, 8)
     assert (unet["family"], unet["layout"], unet["default_guidance_scale"]) == ("unet", "sd", 7.5)
-    student = {"name": "student", "guidance_scale": 4.0, "rank": 4, "parameters": 100, "negative_prompt": ""}
+    student = {
+        "name": "student",
+        "kind": "student",
+        "guidance_scale": 4.0,
+        "rank": 4,
+        "parameters": 100,
+        "negative_prompt": "",
+    }
     assert unet["adapters"] == [student]
     assert [a["mode"] for a in unet["accelerators"]] == [
         "none", "deepcache", "cfg_student", "depth_skip", "selective_guidance", "forecast", "adaptive_deepcache",

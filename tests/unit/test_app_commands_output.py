@@ -265,6 +265,7 @@ def test_the_list_of_models() -> None:
     ran = slipstream("models")
     assert [row[:4] for row in rows_of(ran.stdout)] == [
         ["shapes-dit", "PixArtAlphaPipeline", "guidance-2", "D1, D2, D3, D4, D5, D6"],
+        ["shapes-edit", "StableDiffusionInstructPix2PixPipeline", "-", "-"],
         ["shapes-sd", "StableDiffusionPipeline", "guidance-2", "-"],
     ]
     for row in rows_of(ran.stdout):

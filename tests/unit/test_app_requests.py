@@ -38,6 +38,7 @@ def test_defaults() -> None:
         "timestep_warp": 1.0,
         "acceleration": None,
         "output_format": "png",
+        "output_compression": None,
         "stream": False,
         "partial_images": 0,
         "timeout_seconds": None,
@@ -62,7 +63,7 @@ RANGES: list[tuple[str, list[Any], list[Any]]] = [
 OPENAI: list[tuple[str, list[Any], list[Any]]] = [
     ("n", [1, 1000], [0, 1001]),
     ("size", ["auto", "1x1", "99999x99999", "64x8"], ["100000x1", "1x100000", "0x8", "8x0", "8X8", "8x", "8x8x8", ""]),
-    ("response_format", ["b64_json"], ["url"]),
+    ("response_format", ["b64_json", "url"], ["URL"]),
     ("user", ["", "x" * 512], ["x" * 513]),
 ]
 

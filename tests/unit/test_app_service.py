@@ -159,8 +159,7 @@ async def test_models_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await served.refused(model="") == (404, "model", "model_not_found")
         answer = await served.post(model="shapes")
         assert answer.json()["error"]["message"] == "model: 'shapes' is not served; one of unet, dit"
-        assert served.service.backbone(None) is served.engine.backbones["unet"]
-        assert served.service.backbone("dit") is served.engine.backbones["dit"]
+        assert (served.service.model(None), served.service.model("dit")) == ("unet", "dit")
 
 
 @aio
@@ -311,7 +310,8 @@ async def test_what_cannot_be_counted_keeps_no_picture_from_its_client(
         assert (ours.status_code, ours.json()["usage"]) == (200, wanted)
         assert len(ours.json()["images"]) == 2
         openai = await served.post("/v1/images/generations", n=2, **body)
-        assert (openai.status_code, openai.json()["usage"]) == (200, wanted)
+        assert openai.status_code == 200
+        assert openai.json()["usage"].items() >= wanted.items()
         picture = await served.post(headers={"Accept": "image/png"}, **body)
         assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")
         facts = {name: picture.headers.get(f"x-slipstream-{name}") for name in ("steps", "rows", "evaluations", "macs")}

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.errors import ClientGone, Internal, ServiceError
 from app.http.generation import Generation
+from app.http.middleware import key_in
 from app.http.problems import body as error_body
 from app.http.problems import translate
 from app.http.routes.body import BodyRequest
@@ -42,8 +43,8 @@ def client_of(request: Request) -> str:
 
 def digest_of_key(request: Request) -> str:
     """The same for every way to spell the header of one key."""
-    key = request.headers.get("authorization", "").partition(" ")[2].strip()
-    return hashlib.sha256(f"slipstream:{key}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    key = key_in(request.headers.get("authorization", "").encode("latin-1")).decode("latin-1")
+    return hashlib.sha256(f"slipstream:{key}".encode()).hexdigest()[:32]
 
 
 async def respond(

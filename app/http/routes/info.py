@@ -11,7 +11,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import FileResponse, Response
 
 from app.engine.engine import Engine
-from app.errors import EngineDead, ModelNotFound
+from app.errors import EngineDead
 from app.http.problems import RESPONSES
 from app.http.routes.common import service_of
 from app.http.schemas.responses import (
@@ -26,7 +26,6 @@ from app.http.schemas.responses import (
     PlanBody,
 )
 from models.accelerators import REGISTRY, Auto
-from models.errors import cut
 from models.profiles import Profile
 from models.profiles.choice import LOSSES, choose, promises
 from models.spec import AdapterInfo, ModelSpec
@@ -41,21 +40,18 @@ router = APIRouter()
 @router.get("/v1/models", tags=["models"], responses=UNREADY, summary="The models and all they offer")
 async def list_models(request: Request) -> ModelsBody:
     """The models, as OpenAI lists them, with sizes, defaults, schedulers, accelerators, adapters and plans."""
-    engine = loaded(request)
+    engine, service = loaded(request), service_of(request)
     created = int(request.app.state.created)
-    data = [model_body(name, i == 0, created, engine) for i, name in enumerate(engine.backbones)]
+    data = [model_body(name, i == 0, created, engine, service.also(name)) for i, name in enumerate(engine.backbones)]
     return ModelsBody(data=data, jobs=request.app.state.jobs is not None)
 
 
 @router.get("/v1/models/{model_id}", tags=["models"], responses=UNREADY | NO_MODEL, summary="One model")
 async def one_model(request: Request, model_id: str) -> ModelBody:
     """One of the models, as the list has it."""
-    engine = loaded(request)
-    if model_id not in engine.backbones:
-        known = ", ".join(engine.backbones)
-        raise ModelNotFound(f"model_id: {cut(model_id)!r} is not served; one of {known}", param="model_id")
-    default = model_id == next(iter(engine.backbones))
-    return model_body(model_id, default, int(request.app.state.created), engine)
+    engine, service = loaded(request), service_of(request)
+    name = service.model(model_id, "model_id")
+    return model_body(name, name == service.model(None), int(request.app.state.created), engine, service.also(name))
 
 
 @router.get("/accelerators", tags=["models"], responses=UNREADY, summary="The accelerators")
@@ -159,13 +155,14 @@ def adapter_body(info: AdapterInfo) -> AdapterBody:
     )
 
 
-def model_body(name: str, default: bool, created: int, engine: Engine) -> ModelBody:
+def model_body(name: str, default: bool, created: int, engine: Engine, aliases: list[str]) -> ModelBody:
     """Everything that a request may ask of a model."""
     spec = engine.backbones[name].spec
     return ModelBody(
         id=name,
         created=created,
         default=default,
+        aliases=aliases,
         description=spec.description,
         family=spec.family,
         layout=spec.layout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from starlette.responses import Response
 from app.engine.job import Preview
 from app.errors import Impossible, Malformed
 from app.http.generation import Generation
+from app.http.links import Links
 from app.http.problems import RESPONSES
 from app.http.routes.body import BodyRoute
 from app.http.routes.common import respond, service_of
@@ -50,8 +51,7 @@ BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 )
 async def generations(request: Request, asked: Annotated[ImagesRequest, Body()]) -> Response:
     """Generate images as OpenAI's API does; every field of /generate may stand beside OpenAI's own."""
-    plain = asked.plain()
-    return await respond(request, plain, as_json, partial(spell, "image_generation"))
+    return await respond(request, asked.plain(), finish(request, asked), partial(spell, "image_generation"))
 
 
 FORM = ImagesRequest.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -86,10 +86,10 @@ async def edits(request: Request) -> Response:
     """
     fields, uploads = await read_form(request)
     try:
-        asked = ImagesRequest.model_validate(fields).plain()
+        asked = ImagesRequest.model_validate(fields)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
-    return await respond(request, asked, as_json, partial(spell, "image_edit"), uploads)
+    return await respond(request, asked.plain(), finish(request, asked), partial(spell, "image_edit"), uploads)
 
 
 async def read_form(request: Request) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -133,10 +133,32 @@ def _json(value: str) -> Any:
         return value
 
 
+Finish = Callable[[Generation], Coroutine[Any, Any, Response]]
+
+
+def finish(request: Request, asked: ImagesRequest) -> Finish:
+    """What makes an answer of a finished generation, with the images or with their addresses."""
+    return partial(as_urls, request) if asked.response_format == "url" else as_json
+
+
 async def as_json(generation: Generation) -> Response:
     """The finished generation as OpenAI answers."""
-    body = ImagesBody.of(await generation.result())
-    return Response(body.model_dump_json(by_alias=True), media_type="application/json")
+    return _answer(ImagesBody.of(await generation.result()), without="url")
+
+
+async def as_urls(request: Request, generation: Generation) -> Response:
+    """The same with addresses, at which the images can be read for some time."""
+    links: Links = request.app.state.links
+    body, files = await generation.result_files()
+    paths = [await links.add(data, body.output_format) for data in files]
+    root = service_of(request).settings.public_url or str(request.base_url)
+    urls = [root.rstrip("/") + path for path in paths]
+    return _answer(ImagesBody.of(body, generation.job.run.seeds, urls), without="b64_json")
+
+
+def _answer(body: ImagesBody, without: str) -> Response:
+    shown = body.model_dump_json(by_alias=True, exclude={"data": {"__all__": {without}}})
+    return Response(shown, media_type="application/json")
 
 
 async def spell(prefix: str, generation: Generation) -> AsyncIterator[tuple[str, dict[str, Any]]]:
@@ -160,4 +182,4 @@ async def spell(prefix: str, generation: Generation) -> AsyncIterator[tuple[str,
     facts = body.model_dump(mode="json", by_alias=True, exclude={"data", "created"})
     for image in body.data:
         kind = f"{prefix}.completed"
-        yield kind, {"type": kind, "created_at": body.created, **image.model_dump(), **facts, **shared}
+        yield kind, {"type": kind, "created_at": body.created, **image.model_dump(exclude={"url"}), **facts, **shared}

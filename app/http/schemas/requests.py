@@ -10,18 +10,22 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PrivateAttr,
     Tag,
     TypeAdapter,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from models.accelerators import REGISTRY, Accelerator
 from models.resolve import MAX_LORA_SCALE, MAX_LORAS
 from models.solvers.names import REGISTRY as SCHEDULERS
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+Quality = Literal["low", "medium", "high", "auto"]
 MAX_ACCELERATORS = len(REGISTRY)
 
 if TYPE_CHECKING:
@@ -131,15 +135,19 @@ class GenerationFields(BaseModel):
     )
     timestep_warp: float = Field(1.0, ge=0.05, le=20, description="Spacing of the time steps; below 1 leans noisy.")
     acceleration: Acceleration | None = Field(None, description="One accelerator, or a list of them, composed.")
-    quality: Literal["low", "medium", "high", "auto"] | None = Field(
+    quality: Quality | None = Field(
         None,
         description="Instead of `acceleration`: low is auto preferring speed, medium balanced, high fidelity; auto is "
-        "the model's default.",
+        "the model's default. On OpenAI's routes without meaning where the model was not measured, and standard is "
+        "auto there; hd, xhigh and max are high.",
     )
     loras: list[LoraField] = Field(
         default_factory=list, max_length=MAX_LORAS, description="Styles that act together, each by name and scale."
     )
     output_format: OutputFormat = Field("png", description="How images are encoded.")
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="Quality of JPEG and WebP, 100 the best; default 95. PNG loses nothing."
+    )
     stream: bool = Field(False, description="Answer with Server-Sent Events.")
     partial_images: int = Field(
         0,
@@ -149,6 +157,13 @@ class GenerationFields(BaseModel):
         "previews that fall among them are one, after them.",
     )
     timeout_seconds: float | None = Field(None, gt=0, description="Deadline; at most, and by default, the server's.")
+
+    _quality_may_pass: bool = PrivateAttr(False)
+
+    @property
+    def quality_may_pass(self) -> bool:
+        """Whether `quality` is a wish that a run without acceleration meets too, where no profile knows better."""
+        return self._quality_may_pass
 
     @property
     def accelerators(self) -> tuple[Accelerator, ...]:
@@ -186,17 +201,50 @@ class ImagesRequest(GenerationFields):
 
     n: int | None = Field(None, ge=1, le=1000, description="How many images; the same as `num_images`.")
     size: Text | None = Field(None, pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$", description="WIDTHxHEIGHT, or auto.")
-    response_format: Literal["b64_json"] | None = Field(
-        None, description="Images come in the answer; there are no URLs."
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="url: an address instead of each image, that whoever has it may read until it expires."
     )
+    background: Literal["transparent", "opaque", "auto"] | None = Field(
+        None, description="No model here draws transparency: transparent is refused."
+    )
+    style: Literal["vivid", "natural"] | None = Field(None, description="Taken and not used.")
+    moderation: Literal["low", "auto"] | None = Field(None, description="Taken and not used: nothing is moderated.")
+    input_fidelity: Literal["high", "low"] | None = Field(None, description="Taken and not used: see `strength`.")
+    complexity: Literal["low", "medium", "high"] | None = Field(None, description="Taken and not used.")
     user: Text | None = Field(None, max_length=512, description="Taken and not used.")
+    safety_identifier: Text | None = Field(None, max_length=512, description="Taken and not used.")
+    frame_count: int | None = Field(None, description="Refused: no animations are made here.")
+    frame_duration_ms: int | None = Field(None, description="Refused: no animations are made here.")
+    svg: dict[str, Any] | None = Field(None, description="Refused: no vector graphics are made here.")
+
+    @field_validator("frame_count", "frame_duration_ms", "svg")
+    @classmethod
+    def _not_here(cls, value: object) -> object:
+        if value is not None:
+            raise ValueError("is not possible: png, jpeg and webp pictures are made here, one at a time; leave it out")
+        return value
+
+    @field_validator("quality", mode="before")
+    @classmethod
+    def _older_words(cls, quality: object) -> object:
+        theirs = {"standard": "auto", "hd": "high", "xhigh": "high", "max": "high"}
+        return theirs.get(quality, quality) if isinstance(quality, str) else quality
+
+    @field_validator("background")
+    @classmethod
+    def _opaque(cls, background: str | None) -> str | None:
+        if background == "transparent":
+            raise ValueError("transparent is not possible: no model here draws transparency; give opaque or auto")
+        return background
 
     @model_validator(mode="after")
-    def _say_it_once(self) -> Self:
+    def _fit_together(self) -> Self:
         if self.n is not None and "num_images" in self.model_fields_set and self.n != self.num_images:
-            raise ValueError("n and num_images differ; give one of them")
+            raise _conflict("n", "n and num_images differ; give one of them")
         if self.size not in (None, "auto") and {"width", "height"} & self.model_fields_set:
-            raise ValueError("size and width or height are both given; give one of them")
+            raise _conflict("size", "size and width or height are both given; give one of them")
+        if self.stream and self.response_format == "url":
+            raise _conflict("response_format", "a stream carries its images itself, as b64_json")
         return self
 
     def plain(self) -> GenerationRequest:
@@ -206,7 +254,14 @@ class ImagesRequest(GenerationFields):
             fields["num_images"] = self.n
         if self.size not in (None, "auto"):
             fields["width"], fields["height"] = (int(side) for side in str(self.size).split("x"))
-        return GenerationRequest.model_construct(**fields)
+        asked = GenerationRequest.model_construct(**fields)
+        asked._quality_may_pass = self.acceleration is None
+        return asked
+
+
+def _conflict(field: str, reason: str) -> PydanticCustomError:
+    """A refusal of fields together, which pydantic knows of no place for: `field` is named as at fault."""
+    return PydanticCustomError("conflict", "{reason}", {"reason": reason, "field": field})
 
 
 FIELD_NAMES = frozenset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -83,10 +84,27 @@ class GenerationBody(BaseModel):
 
 
 class OpenAIImage(BaseModel):
-    """One image as OpenAI's API gives it, with its seed."""
+    """One image as OpenAI's API gives it, or its address, with its seed."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
     seed: int
+
+
+class TokenDetails(BaseModel):
+    """OpenAI's counts of the tokens of a request by kind."""
+
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
+class OpenAIUsage(UsageBody):
+    """What the request cost, and OpenAI's counts of tokens, which clients read: 0 here, where nothing goes by them."""
+
+    input_tokens: int = 0
+    input_tokens_details: TokenDetails = TokenDetails()
+    output_tokens: int = 0
+    total_tokens: int = 0
 
 
 class ImagesBody(BaseModel):
@@ -98,7 +116,7 @@ class ImagesBody(BaseModel):
     model: str
     acceleration: list[AnyAccelerator]
     profile: ProfileBody | None = None
-    usage: UsageBody
+    usage: OpenAIUsage
     timing: TimingBody
     size: str
     width: int
@@ -106,10 +124,12 @@ class ImagesBody(BaseModel):
     output_format: OutputFormat
 
     @classmethod
-    def of(cls, body: GenerationBody) -> ImagesBody:
-        """The same answer in OpenAI's shape."""
+    def of(cls, body: GenerationBody, seeds: Sequence[int] = (), urls: Sequence[str] = ()) -> ImagesBody:
+        """The same answer in OpenAI's shape; where it has no images, with the addresses of those drawn from `seeds`."""
         shared = {name: getattr(body, name) for name in cls.model_fields if name in GenerationBody.model_fields}
         data = [OpenAIImage(b64_json=image.b64_json, seed=image.seed) for image in body.images]
+        data += [OpenAIImage(url=url, seed=seed) for url, seed in zip(urls, seeds, strict=True)]
+        shared["usage"] = OpenAIUsage(**body.usage.model_dump())
         return cls.model_construct(data=data, size=f"{body.width}x{body.height}", **shared)
 
 
@@ -192,6 +212,7 @@ class ModelBody(BaseModel):
     created: int
     owned_by: str = "slipstream"
     default: bool = Field(description="Whether requests that name no model get this one.")
+    aliases: list[str] = Field(description="Other names that requests may use for it.")
     description: str
     family: str
     layout: str
