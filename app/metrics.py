@@ -108,7 +108,10 @@ class Metrics:
         self.feature_bytes = gauge("feature_memory_bytes", "Features remembered between steps.", "model")
         self.out_of_memory = counter("out_of_memory_total", "Times the device had no memory left.")
         self.weight_bytes = gauge(
-            "model_weight_bytes", "Weights on the device, by part: base, text_encoder, adapter.", "model", "part"
+            "model_weight_bytes",
+            "Weights on the device, by part: base, text_encoder, adapter, control.",
+            "model",
+            "part",
         )
         self.adapter_bytes = gauge("adapter_memory_bytes", "LoRAs on the device, with those that only run.", "model")
         self.load_seconds = gauge("model_load_duration_seconds", "Time to load a model.", "model")

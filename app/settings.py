@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     alias: Names = Field(
         (), description="Other names of models, ALIAS=MODEL each: dall-e-3=shapes-sd, for clients that know no other."
     )
+    control: Names = Field(
+        (), description="Control networks, MODEL=PATH each: directories of a ControlNetModel, known by their last part."
+    )
     plan: Names = Field((), description="DiTFastAttn plans, MODEL=PATH each, known by the file's name.")
     profile: Names = Field((), description="Measured profiles, MODEL=PATH each, known by the file's name.")
     config: Names = Field(
@@ -158,7 +161,7 @@ class Settings(BaseSettings):
     log_file: Path | None = Field(None, description="Log into this file instead of standard error.")
 
     @field_validator(
-        *("model", "alias", "adapter", "plan", "profile", "config", "depth", "api_keys", "cors_origins"),
+        *("model", "alias", "adapter", "control", "plan", "profile", "config", "depth", "api_keys", "cors_origins"),
         *("webhook_origins", "webhook_networks"),
         mode="before",
     )
@@ -221,6 +224,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"alias: {value!r} is not ALIAS=MODEL with a new name for one of {known}")
         for field, values, kind in (
             ("adapter", self.adapter, "PATH"),
+            ("control", self.control, "PATH"),
             ("plan", self.plan, "PATH"),
             ("profile", self.profile, "PATH"),
             ("config", self.config, "DIRECTORY"),
@@ -248,8 +252,8 @@ class Settings(BaseSettings):
         pairs = dict(value.split("=", 1) for value in self.config)
         return Path(pairs[model]) if model in pairs else None
 
-    def files(self, field: Literal["adapter", "plan", "profile"], model: str) -> dict[str, Path]:
-        """The adapters, plans or profiles given for one model, by name."""
-        suffix = {"adapter": ".safetensors", "plan": ".json", "profile": ".json"}[field]
+    def files(self, field: Literal["adapter", "control", "plan", "profile"], model: str) -> dict[str, Path]:
+        """The adapters, control networks, plans or profiles given for one model, by name."""
+        suffix = {"adapter": ".safetensors", "control": "", "plan": ".json", "profile": ".json"}[field]
         pairs = (value.partition("=")[::2] for value in getattr(self, field))
         return {Path(path).name.removesuffix(suffix): Path(path) for name, path in pairs if name == model}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from models.generate import generate
     from models.loading import load
     from models.profiles import Profile
-    from models.request import Request, Result
+    from models.request import Control, Request, Result
     from models.search.attention_plan import Plan
     from models.search.attention_search import search_plan
     from models.search.calibrate import calibrate
@@ -26,6 +26,7 @@ _WHERE = {
     "Plan": "search.attention_plan",
     "Profile": "profiles",
     "Request": "request",
+    "Control": "request",
     "Result": "request",
     "advance": "denoise",
     "calibrate": "search.calibrate",
@@ -39,6 +40,7 @@ _WHERE = {
 
 __all__ = [
     "Backbone",
+    "Control",
     "MacReport",
     "Plan",
     "Profile",

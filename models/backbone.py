@@ -18,11 +18,14 @@ from models.families.base import Family, Parts
 from models.families.vae import posterior
 from models.fingerprint import fingerprint
 from models.networks.base import Network
+from models.networks.control import ControlNet
 from models.request import Run
 from models.reuse.plans import Role
 from models.reuse.rows import Conditioning, Row
 from models.reuse.store import FeatureStore
 from models.spec import AdapterInfo, ModelSpec
+
+MOST_HINT_ROWS = 8
 
 Stepping = Literal["exact", "batched"]
 """Schedulers take their own steps, one trajectory at a time; or all of a tick step together, by tables of theirs."""
@@ -42,6 +45,7 @@ class Backbone:
     stepping: Stepping = "exact"
     batch_invariant: bool = False
     """Whether every picture is computed by itself, so that its bits do not depend on what else is asked for."""
+    controls: Mapping[str, ControlNet] = field(default_factory=dict)
     features: FeatureStore = field(default_factory=FeatureStore, repr=False)
 
     @property
@@ -68,7 +72,8 @@ class Backbone:
         module: Any = self.network.module
         depth = self.spec.depth if getattr(module, "mid_block", ()) is None else None
         config = {**module.config, "_class_name": type(module).__name__}
-        return MacCounter(config, attention_matmuls, depth, self.family)
+        controls = {name: network.module.config for name, network in self.controls.items()}
+        return MacCounter(config, attention_matmuls, depth, self.family, controls)
 
     @property
     def latent_dtype(self) -> torch.dtype:
@@ -117,7 +122,7 @@ class Backbone:
 
     def channels_last(self) -> None:
         """Lay the weights of convolutions out as [out, h, w, in], which a CPU convolves faster."""
-        for module in (self.network.module, self.parts.vae):
+        for module in (self.network.module, self.parts.vae, *(one.module for one in self.controls.values())):
             for part in module.modules():
                 if isinstance(part, nn.Conv2d):
                     part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -140,6 +145,21 @@ class Backbone:
     def applied(self, info: AdapterInfo, scale: float) -> Applied:
         """An adapter as the rows of a run take it: on the device. Raises `UnknownAdapter` where its file is gone."""
         return Applied.of(self.adapters.fetch(info), scale, self.device, self.dtype)
+
+    def control_bytes(self) -> int:
+        """Bytes of the control networks."""
+        return sum(network.nbytes for network in self.controls.values())
+
+    def hint_rows(self, run: Run) -> int:
+        """How many times a control network's picture is embedded at once, for one to be kept.
+
+        In exact stepping as often as diffusers would, up to a bound: the shape of a batch shows in the last bits.
+        """
+        return min(run.steps[0].num_rows * len(run.seeds), MOST_HINT_ROWS) if self.stepping == "exact" else 1
+
+    def control_digest(self, name: str) -> str:
+        """Tells one control network's weights from another's."""
+        return fingerprint(self.controls[name].module.state_dict().items())
 
     @cached_property
     def digest(self) -> str:

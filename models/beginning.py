@@ -10,19 +10,24 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from models.backbone import Backbone
+from models.families.vae import as_pixels
 from models.masks import Outside, weights
 from models.request import Run
-from models.reuse.rows import Conditioning
+from models.reuse.rows import Conditioning, RowControl
 from models.solvers.exact import mixture
 from models.solvers.tables import Table
 
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """The distributions of a run's pictures: what it starts from, and what a mask leaves of that."""
+    """What is made of a run's pictures, once for all its images.
+
+    The distributions of what it starts from and of what a mask leaves of that, and by step what steers its rows.
+    """
 
     image: Any = None
     left: Any = None
+    controls: tuple[tuple[RowControl, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +37,27 @@ class Beginning:
     latents: Tensor
     outside: Outside | None
     beside: Conditioning
+    kept_bytes: int = 0
 
 
 def encode(backbone: Backbone, run: Run) -> Pictures:
-    """Encode the pictures of a run, once for all its images."""
-    picture, mask = run.request.image, run.request.mask
+    """Encode the pictures of a run."""
+    picture, mask, controls = run.request.image, run.request.mask, steering(backbone, run)
     if picture is None or backbone.spec.edits:
-        return Pictures()
+        return Pictures(controls=controls)
     left = None if mask is None or not backbone.spec.inpaints else backbone.posterior(picture, mask)
-    return Pictures(None if left is not None and _from_noise(run) else backbone.posterior(picture), left)
+    return Pictures(None if left is not None and _from_noise(run) else backbone.posterior(picture), left, controls)
+
+
+def steering(backbone: Backbone, run: Run) -> tuple[tuple[RowControl, ...], ...]:
+    """What steers the rows of each step; each picture is embedded once."""
+    made: dict[int, RowControl] = {}
+    for one in run.request.controls:
+        network = backbone.controls[one.name]
+        pixels = as_pixels(one.image, backbone.device, backbone.dtype)
+        hint = network.hint(pixels.repeat(backbone.hint_rows(run), 1, 1, 1))[:1]
+        made[id(one)] = RowControl(network, hint.clone(), one.scale)
+    return tuple(tuple(made[id(one)] for one in run.controls(step)) for step in range(len(run.steps))) if made else ()
 
 
 def begin(
@@ -74,14 +91,18 @@ def begin(
         terms = (signal * clean, sigma * noise)
         # In diffusers' order, which settles how the sum lies in memory.
         latents = terms[1] + terms[0] if backbone.spec.flow is not None else terms[0] + terms[1]
+    hints = {id(one.hint): one.hint.nbytes for step in pictures.controls for one in step}
+    kept = sum(hints.values())
     if mask is None:
-        return Beginning(latents, None, {})
+        return Beginning(latents, None, {}, kept)
     if pictures.left is not None:
         inside = weights(mask, height, width, device, backbone.dtype)
-        return Beginning(latents, None, {"beside": torch.cat([inside, backbone.draw(pictures.left, generator)], dim=1)})
+        beside = torch.cat([inside, backbone.draw(pictures.left, generator)], dim=1)
+        return Beginning(latents, None, {"beside": beside}, kept + beside.nbytes)
     assert clean is not None  # noqa: S101
     randn_tensor(shape, generator=generator, dtype=dtype)  # diffusers draws what the mask leaves, and does not use it
-    return Beginning(latents, Outside(clean, noise, weights(mask, height, width, device, dtype)), {})
+    outside = Outside(clean, noise, weights(mask, height, width, device, dtype))
+    return Beginning(latents, outside, {}, kept + outside.nbytes)
 
 
 def _from_noise(run: Run) -> bool:

@@ -71,6 +71,7 @@ def start(backbone: Backbone, run: Run) -> list[Trajectory]:
     solver = table_for(backbone, run)
     student = None if run.student is None else backbone.applied(run.student, 1.0)
     styles = tuple(backbone.applied(info, scale) for info, scale in run.loras)
+    seen = {t.data_ptr(): t.nbytes for row in conditioning.values() if (t := row.get("beside")) is not None}
     trajectories = []
     for i, seed in enumerate(run.seeds):
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -93,6 +94,8 @@ def start(backbone: Backbone, run: Run) -> list[Trajectory]:
                 outside=begun.outside,
                 student=student,
                 styles=styles,
+                controls=pictures.controls,
+                kept_bytes=begun.kept_bytes + sum(seen.values()),
             )
         )
     return trajectories

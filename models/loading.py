@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from models.adapters.control import MOST, info, load_control
 from models.adapters.files import load_lora
 from models.adapters.registry import Adapters
 from models.backbone import Backbone, Stepping
@@ -26,6 +27,7 @@ from models.errors import ModelLoadError
 from models.families import Family, Parts, of_pipeline
 from models.families.prompts import PromptCache
 from models.networks.base import Network
+from models.networks.control import ControlNet
 from models.networks.unet import UNet, truncate
 from models.profiles import Profile
 from models.profiles.files import load_profile
@@ -48,6 +50,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     depth: int | None = None,
     adapters: Mapping[str, str | Path] | None = None,
+    controls: Mapping[str, str | Path] | None = None,
     plans: Mapping[str, str | Path | Plan] | None = None,
     profiles: Mapping[str, str | Path | Profile] | None = None,
     config: str | Path | None = None,
@@ -62,6 +65,7 @@ def load(
     `depth` loads only the first input blocks of a U-Net and their output blocks (depth-skip as a load option): what
     lies deeper never reaches memory, and students beside the model, distilled from all of it, stay where they are.
     `adapters`, `plans` and `profiles` add to those found beside the model, by name.
+    `controls` are directories of diffusers' `ControlNetModel`s for a U-Net on text, by name.
     `stepping`: `exact` lets diffusers' schedulers take their own steps, bit for bit its pipelines; `batched` steps all
     trajectories of a tick together, latents in float32; `auto` is exact on a CPU in float32 and above, else batched.
     `config`, for a single file: a directory in diffusers' layout with the configs and tokenizers of its family.
@@ -104,6 +108,7 @@ def load(
     )
     for adapter, path in files_of_adapters.items():
         registry.register(path, adapter)
+    steering = _controls(family, controls or {}, module, pipeline, device, dtype)
     files = {**_found(source.directory, "plans", ".json"), **(plans or {})}
     measured = {**_found(source.directory, "profiles", ".json"), **(profiles or {})}
     how: Stepping = stepping if stepping != "auto" else auto_stepping(device, dtype)
@@ -114,8 +119,25 @@ def load(
         registry,
         {n: p if isinstance(p, Plan) else Plan.load(p) for n, p in files.items()},
         {n: p if isinstance(p, Profile) else load_profile(p, digest, n) for n, p in measured.items()},
+        {n: info(network) for n, network in steering.items()},
     )
-    return Backbone(spec, family, network, parts, pipeline.scheduler.config, registry, how, batch_invariant)
+    return Backbone(spec, family, network, parts, pipeline.scheduler.config, registry, how, batch_invariant, steering)
+
+
+def _controls(
+    family: Family,
+    controls: Mapping[str, str | Path],
+    module: Any,
+    pipeline: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, ControlNet]:
+    if controls and not family.controllable:
+        raise ModelLoadError(f"control: only a U-Net on text is steered, and this is a model of {family.name}")
+    if len(controls) > MOST:
+        raise ModelLoadError(f"control: {len(controls)} networks are more than {MOST}")
+    scale = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    return {name: load_control(path, name, module.config, scale, device, dtype) for name, path in controls.items()}
 
 
 def _encoders(pipeline: Any) -> dict[str, nn.Module]:

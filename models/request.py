@@ -28,6 +28,22 @@ class LoraScale:
     scale: float = 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class Control:
+    """A registered control network and the picture that it sees, resized to the run's; how strongly it acts, and from
+    which to which share of the run."""
+
+    name: str
+    image: Image.Image
+    scale: float = 1.0
+    start: float = 0.0
+    stop: float = 1.0
+
+    def acts(self, step: int, num_steps: int) -> bool:
+        """Whether it acts in a step, by diffusers' rule."""
+        return not (step / num_steps < self.start or (step + 1) / num_steps > self.stop)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
     """What to generate. `None` means the model's default. Sizes are pixels.
@@ -57,6 +73,7 @@ class Request:
     image: Image.Image | None = None
     strength: float | None = None
     mask: Image.Image | None = None
+    control: Sequence[Control | Mapping[str, Any]] = ()
     timestep_warp: float = 1.0
     acceleration: Accelerator | Sequence[Accelerator] = ()
     quality: str | None = None
@@ -79,6 +96,15 @@ class Request:
             raise RequestError("loras", 'each is a name and a scale: {"name": "watercolour", "scale": 0.8}') from error
 
     @property
+    def controls(self) -> tuple[Control, ...]:
+        """What steers it, however that was given. Raises `RequestError`."""
+        try:
+            return tuple(one if isinstance(one, Control) else Control(**one) for one in self.control)
+        except TypeError as error:
+            reason = "each is a name and an image, with scale, start and stop where they are not 1, 0 and 1"
+            raise RequestError("control", reason) from error
+
+    @property
     def accelerators(self) -> tuple[Accelerator, ...]:
         """The accelerators as a tuple, however they were given."""
         return (self.acceleration,) if isinstance(self.acceleration, Accelerator) else tuple(self.acceleration)
@@ -98,6 +124,10 @@ def digest(requests: Sequence[Request]) -> str:
 def _content(value: object) -> object:
     if isinstance(value, Image.Image):
         return value.size, value.mode, hashlib.sha256(value.tobytes()).hexdigest()
+    if isinstance(value, Control):
+        return {name: _content(one) for name, one in vars(value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_content(one) for one in value]
     if isinstance(value, Tensor):
         return tuple(value.shape), hashlib.sha256(value.detach().cpu().double().numpy().tobytes()).hexdigest()
     return value
@@ -134,6 +164,10 @@ class Run:
     def adapter(self) -> str | None:
         """The student's name."""
         return None if self.student is None else self.student.name
+
+    def controls(self, step: int) -> tuple[Control, ...]:
+        """What steers the rows of a step."""
+        return tuple(one for one in self.request.controls if one.acts(step, len(self.steps)))
 
     @property
     def scales(self) -> Scales:

@@ -33,6 +33,8 @@ MAX_SEED = 2**63 - 1
 STRENGTH = 0.8  # of image-to-image where the request says nothing, as in diffusers
 MAX_LORAS = 8
 MAX_LORA_SCALE = 10.0
+MAX_CONTROLS = 4
+MAX_CONTROL_SCALE = 5.0
 OPTIONAL_INPUTS = frozenset(
     {
         "negative_prompt",
@@ -120,6 +122,8 @@ def _measured(request: Request) -> None:
     """Profiles are measured on runs from pure noise, with the scheduler's own time steps."""
     if request.image is not None:
         raise AcceleratorConflict("image", "auto was measured on text-to-image; give a mode of acceleration")
+    if request.control:
+        raise AcceleratorConflict("control", "auto was measured without it; give a mode of acceleration")
     if request.timestep_warp != 1.0:
         raise AcceleratorConflict("timestep_warp", "auto was measured without it; give a mode of acceleration")
 
@@ -127,6 +131,7 @@ def _measured(request: Request) -> None:
 def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Request) -> Run:
     width, height = _size(model, request)
     _inputs(model, request)
+    _controls(model, request)
     scheduler = _scheduler(model, request)
     count = _integer("num_inference_steps", request.num_inference_steps, model.default_steps, MAX_STEPS)
     strength = 1.0
@@ -152,11 +157,14 @@ def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Req
     seed = _integer("seed", request.seed, 0, MAX_SEED - images, least=0)
     steps = compile_run(model.sites, accelerators, len(schedule.timesteps), guided, len(model.roles) - 1)
     latent_size = (height // model.latent_scale, width // model.latent_scale)
-    mask_bytes = 0
+    kept_bytes = _control_bytes(model, request, *latent_size)
+    if request.control:
+        seen = tuple(replace(one, image=resize(one.image, width, height)) for one in request.controls)
+        request = replace(request, control=seen)
     if request.mask is not None and request.image is not None:
         request = replace(request, mask=resized(painted(request.mask, request.image), width, height))
         kept = beside_bytes if model.inpaints else outside_bytes
-        mask_bytes = kept(model.latent_channels, *latent_size, model.latent_itemsize)
+        kept_bytes += kept(model.latent_channels, *latent_size, model.latent_itemsize)
     if request.image is not None:
         used = None if model.edits else strength
         request = replace(request, image=resize(request.image, width, height), strength=used)
@@ -170,7 +178,7 @@ def _resolve(model: ModelSpec, scheduler_config: Mapping[str, Any], request: Req
         accelerators=accelerators,
         schedule=schedule,
         steps=steps,
-        feature_bytes=mask_bytes
+        feature_bytes=kept_bytes
         + feature_bytes(model.sites, steps, *latent_size, model.itemsize, model.latent_itemsize),
         seeds=tuple(seed + i for i in range(images)),
         student=student,
@@ -208,6 +216,27 @@ def _loras(model: ModelSpec, request: Request) -> tuple[tuple[AdapterInfo, float
             raise OutOfRange(f"loras.{i}.name", f"{cut(one.name)!r} is named twice")
         found.append((info, float(one.scale)))
     return tuple(found)
+
+
+def _control_bytes(model: ModelSpec, request: Request, height: int, width: int) -> int:
+    """Bytes that are kept of what the control networks make of their pictures, for latents of this size."""
+    return sum(model.controls[one.name].channels for one in request.controls) * height * width * model.itemsize
+
+
+def _controls(model: ModelSpec, request: Request) -> None:
+    if request.control and not model.controls:
+        raise WrongBackbone("control", f"{model.name} has no control networks")
+    if len(request.controls) > MAX_CONTROLS:
+        raise OutOfRange("control", f"{len(request.controls)} are more than {MAX_CONTROLS}")
+    for i, one in enumerate(request.controls):
+        if one.name not in model.controls:
+            known = ", ".join(model.controls)
+            raise OutOfRange(f"control.{i}.name", f"{cut(str(one.name))!r} is not one of {known}")
+        _number(f"control.{i}.scale", one.scale, 0.0, MAX_CONTROL_SCALE)
+        _number(f"control.{i}.start", one.start, 0.0, 1.0)
+        _number(f"control.{i}.stop", one.stop, 0.0, 1.0)
+        if one.start >= one.stop:
+            raise OutOfRange(f"control.{i}.stop", f"{one.stop:g} is not above start, {one.start:g}")
 
 
 def _cfg_scale(model: ModelSpec, request: Request, scale: float) -> float:

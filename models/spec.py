@@ -45,6 +45,15 @@ class AdapterInfo:
 
 
 @dataclass(frozen=True)
+class ControlInfo:
+    """A control network: its name, its weights' number, and the channels of what it makes of a picture."""
+
+    name: str
+    parameters: int
+    channels: int
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A loaded model. Sizes are in pixels unless they say latents or tokens."""
 
@@ -85,14 +94,19 @@ class ModelSpec:
     examples: tuple[str, ...] = ()
     prompt_grammar: Mapping[str, Any] | None = None
     adapters: Mapping[str, AdapterInfo] = field(default_factory=dict)
+    controls: Mapping[str, ControlInfo] = field(default_factory=dict)
     plans: Mapping[str, Plan] = field(default_factory=dict)
     profiles: Mapping[str, Profile] = field(default_factory=dict)
 
     def with_extras(
-        self, adapters: Mapping[str, AdapterInfo], plans: Mapping[str, Plan], profiles: Mapping[str, Profile] = {}
+        self,
+        adapters: Mapping[str, AdapterInfo],
+        plans: Mapping[str, Plan],
+        profiles: Mapping[str, Profile] = {},
+        controls: Mapping[str, ControlInfo] = {},
     ) -> ModelSpec:
-        """The same model with adapters, which may come and go, plans and profiles registered."""
-        return replace(self, adapters=adapters, plans=dict(plans), profiles=dict(profiles))
+        """The same model with adapters, which may come and go, plans, profiles and control networks registered."""
+        return replace(self, adapters=adapters, plans=dict(plans), profiles=dict(profiles), controls=dict(controls))
 
     @property
     def students(self) -> dict[str, AdapterInfo]:

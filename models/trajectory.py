@@ -12,7 +12,7 @@ from torch import Tensor
 from models.guidance import CONDITIONAL, Guidance, Scales
 from models.reuse.gates import GateState
 from models.reuse.plans import Role, RowPlan, StepRows
-from models.reuse.rows import Conditioning, Row
+from models.reuse.rows import Conditioning, Row, RowControl
 from models.reuse.store import Memory
 from models.reuse.turns import Turn, settled
 
@@ -53,6 +53,8 @@ class Trajectory:
     outside: Outside | None = None  # with a mask: what its latents are outside of it
     student: Applied | None = None
     styles: tuple[Applied, ...] = ()
+    controls: tuple[tuple[RowControl, ...], ...] = ()  # by step, what steers its rows; empty: nothing ever does
+    kept_bytes: int = 0  # of what a mask and control networks need until the end
     step: int = 0
     watched: bool = False  # keep what `preview` needs
     foreseen: Tensor | None = None  # the clean latents that the last prediction points to; `watched` runs only
@@ -113,8 +115,9 @@ class Trajectory:
         """The rows of the coming step; what they remember is in this trajectory's memory."""
         if self.turn is None and self.plan.gated:
             self.turn = Turn(self.gate, self.step)
+        controls = self.controls[self.step] if self.controls else ()
         return [
-            Row(plan, role, self, self.memory[role], self._adapters(plan), self.turn)
+            Row(plan, role, self, self.memory[role], self._adapters(plan), self.turn, controls)
             for role, plan in self.plans().items()
             if role != OUTPUT
         ]
@@ -151,10 +154,8 @@ class Trajectory:
         return bool(torch.isfinite(self.latents).all())
 
     def memory_bytes(self) -> int:
-        """Bytes of remembered features, and of what is kept for a mask."""
-        kept = 0 if self.outside is None else self.outside.nbytes
-        beside = self.conditioning[CONDITIONAL].get("beside")
-        return kept + (0 if beside is None else beside.nbytes) + sum(m.nbytes for m in self.memory.values())
+        """Bytes of remembered features, and of what else is kept."""
+        return self.kept_bytes + sum(memory.nbytes for memory in self.memory.values())
 
 
 def effective_steps(trajectory: Trajectory) -> tuple[StepRows, ...]:

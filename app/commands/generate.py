@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,7 @@ from app.commands.options import (
     AccelerationOption,
     AdapterOption,
     ConfigOption,
+    ControlOption,
     DeviceOption,
     DtypeOption,
     ModelOption,
@@ -56,6 +57,10 @@ def generate(
     mask: Annotated[
         Path | None, typer.Option(help="What of --image is repainted: transparent, or in a grey mask white; its size.")
     ] = None,
+    control_image: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE[,scale=S][,start=S][,stop=S]: what a control network sees, and how it acts."),
+    ] = None,
     timestep_warp: Annotated[float, typer.Option(help="γ of warped time steps.")] = 1.0,
     class_label: Annotated[int | None, typer.Option(help="The class, for class-conditional models.")] = None,
     acceleration: AccelerationOption = None,
@@ -66,6 +71,7 @@ def generate(
         list[str] | None, typer.Option("--lora", help="NAME or NAME:SCALE of a registered style; may be repeated.")
     ] = None,
     adapter: AdapterOption = None,
+    control: ControlOption = None,
     plan: PlanOption = None,
     profile: ProfileOption = None,
     config: ConfigOption = None,
@@ -82,12 +88,14 @@ def generate(
     accelerators = composed(acceleration)
     start = None if image is None else open_picture(image, "--image").convert("RGB")
     cover = None if mask is None else open_picture(mask, "--mask")
+    steering = [_steered(text) for text in control_image or ()]
     backbone = loaded(
         model,
         device=device,
         dtype=dtype,
         stepping=stepping,
         adapters=parse_named(adapter, "--adapter"),
+        controls=parse_named(control, "--control"),
         plans=parse_named(plan, "--plan"),
         profiles=parse_named(profile, "--profile"),
         config=config,
@@ -101,6 +109,7 @@ def generate(
         guidance_scale=guidance_scale,
         true_cfg_scale=true_cfg_scale,
         image_guidance_scale=image_guidance_scale,
+        control=tuple(steering),
         seed=seed,
         num_images=num_images,
         scheduler=scheduler,
@@ -138,6 +147,24 @@ def _lora(text: str) -> LoraScale:
         return LoraScale(name, float(scale) if scale else 1.0)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is not NAME:SCALE", param_hint="--lora") from error
+
+
+def _steered(text: str) -> Any:
+    """`canny=edges.png,scale=0.8` as a `models.Control`."""
+    from models.request import Control
+
+    named, *settings = text.split(",")
+    [(name, path)] = parse_named([named], "--control-image").items()
+    numbers: dict[str, float] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        try:
+            numbers[key] = float(value)
+        except ValueError:
+            raise typer.BadParameter(f"{setting!r} is not KEY=NUMBER", param_hint="--control-image") from None
+        if key not in ("scale", "start", "stop"):
+            raise typer.BadParameter(f"{key!r} is not one of scale, start, stop", param_hint="--control-image")
+    return Control(name, open_picture(Path(path), "--control-image").convert("RGB"), **numbers)
 
 
 def register(app: typer.Typer) -> None:

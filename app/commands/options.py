@@ -68,6 +68,9 @@ AdapterOption = Annotated[
     list[str] | None,
     typer.Option("--adapter", help="NAME=PATH of a LoRA, student or style, to register with the model."),
 ]
+ControlOption = Annotated[
+    list[str] | None, typer.Option("--control", help="NAME=PATH of a control network to register with the model.")
+]
 PlanOption = Annotated[list[str] | None, typer.Option("--plan", help="NAME=PATH of a DiTFastAttn plan to register.")]
 ProfileOption = Annotated[
     list[str] | None, typer.Option("--profile", help="NAME=PATH of a measured profile to register, for auto.")

@@ -50,6 +50,7 @@ def warm_all(backbones: Mapping[str, Backbone], settings: Settings, metrics: Met
         metrics.weight_bytes.labels(name, "text_encoder").set(encoders)
         metrics.weight_bytes.labels(name, "adapter").set_function(backbone.adapter_bytes)
         metrics.adapter_bytes.labels(name).set_function(backbone.adapter_bytes)
+        metrics.weight_bytes.labels(name, "control").set(backbone.control_bytes())
         caps[name] = _warm(name, backbone, settings, pace)
         _count(name, backbone)
     return caps
@@ -72,6 +73,7 @@ def _load(name: str, settings: Settings, metrics: Metrics) -> Backbone:
         device=device,
         dtype=settings.dtype,
         adapters=settings.files("adapter", short),
+        controls=settings.files("control", short),
         plans=settings.files("plan", short),
         profiles=settings.files("profile", short),
         config=settings.config_of(short),

@@ -16,7 +16,7 @@ from app.http.counting import Count, Counting
 from app.http.pictures import encode, to_base64
 from app.http.pool import Pool
 from app.http.record import Record
-from app.http.schemas.requests import GenerationRequest
+from app.http.schemas.requests import PICTURES, GenerationRequest, control_picture
 from app.http.schemas.responses import GeneratedImage, GenerationBody, ProfileBody, TimingBody, UsageBody
 from app.http.waiting import Held, in_time
 from app.metrics import Metrics
@@ -182,7 +182,8 @@ class Generation:
                 "seed": seed,
                 "acceleration": [a.model_dump(mode="json", by_alias=True) for a in run.accelerators],
             }
-            | {f"{name}_sha256": digest for name, digest in self.digests.items()}
+            | {f"{name}_sha256": self.digests[name] for name in PICTURES if name in self.digests}
+            | ({"control": self._controls()} if asked.controls else {})
             | (self._by_picture() if "image" in self.digests else {})
         )
 
@@ -191,6 +192,12 @@ class Generation:
         scale, strength = self.job.run.image_guidance_scale, self.job.run.request.strength
         said = {"image_guidance_scale": scale, "strength": strength}
         return {name: value for name, value in said.items() if value is not None}
+
+    def _controls(self) -> list[dict[str, Any]]:
+        """What steered the picture, the pictures that it saw by their digests."""
+        digests = (self.digests.get(control_picture(i)) for i in range(len(self.asked.controls)))
+        pairs = zip(self.asked.controls, digests, strict=True)
+        return [one.model_dump(exclude={"image"}) | {"image_sha256": digest} for one, digest in pairs]
 
     def leave(self, error: BaseException | None = None) -> None:
         """Nobody waits any more: what is not done is dropped at the next tick, and counted by its cause."""

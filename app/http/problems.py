@@ -86,7 +86,9 @@ def invalid(errors: Sequence[ErrorDetails | dict[str, Any]]) -> ServiceError:
     if first["type"] == "json_invalid":
         return Malformed(f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}")
     unknown = first["type"] == "extra_forbidden"
-    path = [str(part) for part in first["loc"] if part in KNOWN_FIELDS] or _together(first)
+    pairs = zip((None, *first["loc"]), first["loc"], strict=False)
+    path = [str(part) for before, part in pairs if part in KNOWN_FIELDS or (before == "control" and part != "body")]
+    path = path or _together(first)
     if unknown:
         path = [*path, cut(str(first["loc"][-1]))] if first["loc"][-1] not in path[-1:] else path
     if not path:

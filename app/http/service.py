@@ -18,7 +18,7 @@ from app.http.generation import Generation, Mailbox
 from app.http.pictures import LONGEST_SIDE, decode_base64, pixels_of, read, read_as_is
 from app.http.pool import Pool
 from app.http.record import Record
-from app.http.schemas.requests import GenerationRequest
+from app.http.schemas.requests import GenerationRequest, control_picture
 from app.http.schemas.responses import UsageBody
 from app.http.waiting import REQUEST_BYTES, Pixels, Waiting, in_time
 from app.logs import SERVER
@@ -27,7 +27,7 @@ from app.settings import Settings
 from models.backbone import Backbone
 from models.costs.macs import usage
 from models.errors import RequestError, cut
-from models.request import LoraScale, Request, Run
+from models.request import Control, LoraScale, Request, Run
 from models.resolve import plain_rows, resolve, wish_of
 from models.reuse.plans import StepRows
 
@@ -213,6 +213,7 @@ class Service:
             scheduler=asked.scheduler,
             image=read(files["image"], most).picture if "image" in files else None,
             strength=asked.strength,
+            control=self._controls(asked, files),
             mask=read_as_is(files["mask"], most, "mask") if "mask" in files else None,
             timestep_warp=asked.timestep_warp,
             acceleration=asked.accelerators,
@@ -241,6 +242,17 @@ class Service:
             return self.settings.max_steps
         return asked.num_inference_steps
 
+    def _controls(self, asked: GenerationRequest, files: Mapping[str, bytes]) -> list[Control]:
+        """What steers the picture, each with the picture that it sees."""
+        found = []
+        for i, one in enumerate(asked.controls):
+            field = control_picture(i)
+            if field not in files:
+                raise Impossible(f"{field}: is required", param=field)
+            picture = read(files[field], self.settings.max_image_pixels, field).picture
+            found.append(Control(one.name, picture, one.scale, one.start, one.stop))
+        return found
+
     def _note_choice(self, job: Job, record: Record) -> None:
         """Count what `auto` became; the request is known by what it runs from here on."""
         chosen = job.run.profile
@@ -264,7 +276,7 @@ def kept_bytes(run: Run) -> int:
     """What an accepted request keeps until it is answered."""
     pixels = run.width * run.height
     picture, mask = (0 if one is None else pixels for one in (run.request.image, run.request.mask))
-    return REQUEST_BYTES + 4 * picture + mask
+    return REQUEST_BYTES + 4 * (picture + len(run.request.control) * pixels) + mask
 
 
 def _digests(files: Mapping[str, bytes]) -> dict[str, str]:

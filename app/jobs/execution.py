@@ -12,7 +12,7 @@ from app.engine.job import Progress
 from app.errors import ClientGone, ModelChanged, QueueFull, ServiceError, Unavailable
 from app.http.problems import translate
 from app.http.record import Record
-from app.http.schemas.requests import PICTURES, GenerationRequest
+from app.http.schemas.requests import PICTURES, GenerationRequest, control_picture
 from app.jobs.queue import Jobs
 from app.jobs.store import Row
 from app.logs import SERVER
@@ -83,19 +83,24 @@ class Execution:
         return partial(self.jobs.leases.complete, job_id, result, files)
 
     async def _pictures(self, row: Row) -> dict[str, bytes]:
-        store, names = self.jobs.store, [name for name in PICTURES if name in row["digests"]]
+        controls = map(control_picture, range(len(row["body"].get("control") or ())))
+        store, names = self.jobs.store, [name for name in (*PICTURES, *controls) if name in row["digests"]]
         return {name: await store.call(lambda name=name: b"".join(store.read(row["id"], name))) for name in names}
 
     async def _same_weights(self, row: Row) -> None:
         """Raise `ModelChanged` where the job's picture would be another than when it was accepted."""
         kept = row["digests"]
         loras = [name.removeprefix(LORA) for name in kept if name.startswith(LORA)]
-        digests = await self.service.pool.run(self.digests, row["body"]["model"], kept.get("adapter_name"), loras)
+        body, adapter = row["body"], kept.get("adapter_name")
+        controls = [one["name"] for one in body.get("control") or ()]
+        digests = await self.service.pool.run(self.digests, body["model"], adapter, loras, controls)
         changed = [name for name, digest in digests.items() if row["digests"].get(name) != digest]
         if changed:
             raise ModelChanged(f"the {changed[0]} has other weights than when the job was accepted", param=changed[0])
 
-    def digests(self, model: str, adapter: str | None, loras: Sequence[str] = ()) -> dict[str, str]:
+    def digests(
+        self, model: str, adapter: str | None, loras: Sequence[str] = (), controls: Sequence[str] = ()
+    ) -> dict[str, str]:
         """The digests of what a job runs on, by what it is."""
         backbone = self.service.engine.backbones[model]
         found = {"model": backbone.digest}
@@ -103,4 +108,5 @@ class Execution:
             found["adapter"] = backbone.adapters.digest(backbone.adapters[adapter])
         known = dict(backbone.adapters)
         found |= {f"{LORA}{name}": backbone.adapters.digest(known[name]) for name in loras if name in known}
-        return found
+        networks = (name for name in controls if name in backbone.controls)
+        return found | {f"control network {name}": backbone.control_digest(name) for name in networks}

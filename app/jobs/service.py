@@ -13,7 +13,7 @@ from app.errors import Impossible, NotFound, ServiceError
 from app.http.pictures import decode_base64
 from app.http.record import Record
 from app.http.schemas.jobs import JobBody, JobImage, JobRequest
-from app.http.schemas.requests import PICTURES, GenerationRequest
+from app.http.schemas.requests import PICTURE_FIELDS, GenerationRequest
 from app.jobs.batches import Batches
 from app.jobs.driver import Driver
 from app.jobs.files import Files
@@ -89,7 +89,9 @@ class JobService:
         }
         prepared = await self._service.prepare(asked, record, pictures)
         run = prepared.run
-        body = asked.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={*PICTURES, "stream"})
+        body = asked.model_dump(
+            mode="json", by_alias=True, exclude_unset=True, exclude={**PICTURE_FIELDS, "stream": True}
+        )
         body |= {
             "model": prepared.model,
             "width": run.width,
@@ -100,7 +102,10 @@ class JobService:
         }
         body |= {"guidance_scale": run.guidance_scale} if run.adapter is None else {}
         loras = [info.name for info, _ in run.loras]
-        digests = await self._service.pool.run(self.runner.execution.digests, prepared.model, run.adapter, loras)
+        controls = [one.name for one in run.request.controls]
+        digests = await self._service.pool.run(
+            self.runner.execution.digests, prepared.model, run.adapter, loras, controls
+        )
         digests |= {"adapter_name": run.adapter} if run.adapter is not None else {}
         digests |= prepared.digests
         return NewJob(

@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 import torch
 import torch.nn.functional as F
+from diffusers import ControlNetModel
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,11 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.adapters.lora import Applied, Lora, meta_lora
 from models.families import Family, of_network
 from models.networks.base import Network
+from models.networks.control import ControlNet
 from models.networks.sites import MODULES, attention, blocks, level
 from models.networks.transformer import Transformer, attention_rows
 from models.networks.unet import UNet, truncate
 from models.reuse.plans import Reading, Recall, RowPlan, StepRows, Twin, Zeros
-from models.reuse.rows import Conditioning, Places, Row
+from models.reuse.rows import Conditioning, Places, Row, RowControl
 from models.reuse.sites import Feature, Site
 from models.reuse.store import FeatureStore
 
@@ -44,12 +46,15 @@ class MacCounter:
         attention_matmuls: bool = True,
         depth: int | None = None,
         family: Family | None = None,
+        controls: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """`depth`: of a U-Net loaded in part, the input blocks that were. `family`: whose network it is, if known."""
+        """`depth`: of a U-Net loaded in part, the input blocks that were. `family`: whose network it is, if known.
+        `controls`: the configs of its control networks."""
         self.config = config
         self.family = of_network(config) if family is None else family
         self.attention_matmuls = attention_matmuls
         self._depth = depth
+        self._controls = dict(controls or {})
         self._counts: OrderedDict[tuple[Any, ...], int] = OrderedDict()
         self._keeping = threading.Lock()
         self._counting = threading.RLock()  # a count may need another
@@ -62,6 +67,13 @@ class MacCounter:
         if self._depth is not None:
             truncate(module, self._depth)
         return self.family.network(module.eval())
+
+    @cached_property
+    def controls(self) -> dict[str, ControlNet]:
+        """The control networks on the meta device."""
+        with torch.device("meta"):
+            made = {name: ControlNetModel.from_config(config) for name, config in self._controls.items()}
+        return {name: ControlNet(name, module.eval()) for name, module in made.items()}
 
     @property
     def parameters(self) -> int:
@@ -113,8 +125,7 @@ class Counts:
 
     def _row(self, plan: RowPlan, lora: Lora | None) -> int:
         if isinstance(self._network, UNet):
-            depth = min((site.start for site in plan.reads if site.kind == "level"), default=None)
-            short = RowPlan() if depth is None else RowPlan(reads={level(depth): Reading(Zeros())})
+            depth, short = _shortened(plan)
             return self._cached(("unet", depth, lora and lora.shapes), lambda: self._unet(short, lora))
         skipped = [range(s.start, s.stop or 0) for s in plan.reads if s.kind == "blocks"]
         run = [block for block in range(self._network.depth) if not any(block in inside for inside in skipped)]
@@ -126,6 +137,29 @@ class Counts:
         """MACs of one step of one trajectory: the student where a plan asks for it, styles in every row."""
         taught = styles if student is None else (student, *styles)
         return sum(self.row(plan, taught if plan.adapter else styles) for plan in rows)
+
+    def control(self, name: str, rows: StepRows) -> int:
+        """MACs that a control network adds to one step of one trajectory; it goes as deep as each row."""
+        total = 0
+        for plan in rows:
+            depth, short = _shortened(plan)
+            total += self._cached(("control", name, depth), lambda short=short: self._steered(name, short))  # type: ignore[misc]
+        return total
+
+    def hint(self, name: str) -> int:
+        """MACs of embedding the picture that a control network sees."""
+        height, width = (side * 2 ** self._halvings(name) for side in self._size)
+        pixels = torch.empty(1, 3, height, width, device="meta")
+        network = self._counter.controls[name]
+        return self._cached(("hint", name), lambda: self._count(lambda: network.hint(pixels)))
+
+    def _halvings(self, name: str) -> int:
+        return len(self._counter.controls[name].module.config.conditioning_embedding_out_channels) - 1
+
+    def _steered(self, name: str, plan: RowPlan) -> int:
+        network = self._counter.controls[name]
+        hint = torch.empty(1, network.module.config.block_out_channels[0], *self._size, device="meta")
+        return self._unet(plan, None, (RowControl(network, hint, 1.0),)) - self._unet(plan, None)
 
     def run(self, steps: Iterable[StepRows], student: Lora | None = None, styles: Sequence[Lora] = ()) -> int:
         """MACs of one trajectory."""
@@ -190,9 +224,12 @@ class Counts:
         store.write([(row.memory, entry)], torch.empty(1, *shape, device="meta"))
         return self._count(lambda: network.forward(x, t, conditioning, [row], store))
 
-    def _unet(self, plan: RowPlan, lora: Lora | None) -> int:
+    def _unet(self, plan: RowPlan, lora: Lora | None, controls: tuple[RowControl, ...] = ()) -> int:
         x, t, conditioning = self._inputs(1)
-        row = Row(plan, "conditional", self, adapters=_applied(lora))
+        if controls:  # they are given the latents alone
+            channels = self._counter.family.latent_channels(self._counter.config)
+            conditioning["beside"], x = x[:, channels:], x[:, :channels]
+        row = Row(plan, "conditional", self, adapters=_applied(lora), controls=controls)
         return self._count(lambda: self._network.forward(x, t, conditioning, [row], FeatureStore()))
 
     def _inputs(self, rows: int) -> tuple[Tensor, Tensor, Conditioning]:
@@ -211,6 +248,12 @@ class Counts:
 def _applied(lora: Lora | None) -> tuple[Applied, ...]:
     """An adapter, or none, as a row has it; on the meta device."""
     return () if lora is None else (Applied.of(meta_lora(lora), 1.0, "meta", torch.float32),)
+
+
+def _shortened(plan: RowPlan) -> tuple[int | None, RowPlan]:
+    """The level at which a row of a U-Net goes back, and a plan that does no more."""
+    depth = min((site.start for site in plan.reads if site.kind == "level"), default=None)
+    return depth, RowPlan() if depth is None else RowPlan(reads={level(depth): Reading(Zeros())})
 
 
 def _modules(plan: RowPlan, block: int) -> dict[Site, Reading]:

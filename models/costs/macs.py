@@ -35,7 +35,19 @@ def usage(backbone: Backbone, run: Run, ran: Sequence[Sequence[StepRows]] | None
     plain = counts.row(RowPlan()) * run.plain_steps * run.plain_roles
     each = [run.steps] * images if ran is None else ran
     macs = sum(counts.run(steps, student, styles) for steps in each)
+    if run.request.control:
+        macs += sum(_controlled(counts, run, did) for did in each)
+        full = StepRows(RowPlan(), RowPlan() if run.plain_roles > 1 else None, guides=run.plain_roles - 1)
+        acting = ((i, one) for i in range(run.plain_steps) for one in run.request.controls)
+        plain += sum(counts.control(one.name, full) for i, one in acting if one.acts(i, run.plain_steps))
+        hints = sum(counts.hint(one.name) for one in run.request.controls) * backbone.hint_rows(run)
+        return Usage(len(run.steps), run.num_rows, macs + hints, plain * images + hints, run.evaluations)
     return Usage(len(run.steps), run.num_rows, macs, plain * images, run.evaluations)
+
+
+def _controlled(counts: Counts, run: Run, steps: Sequence[StepRows]) -> int:
+    """MACs of the control networks of one image."""
+    return sum(counts.control(one.name, rows) for i, rows in enumerate(steps) for one in run.controls(i))
 
 
 def _weightless(backbone: Backbone, run: Run) -> tuple[Lora | None, tuple[Lora, ...]]:

@@ -127,6 +127,8 @@ class Family(ABC):
     """Whether a picture is what its rows are conditioned on, and must be given, instead of what a run starts from."""
     default_image_guidance_scale: ClassVar[float] = 1.0
     """Where it edits: what diffusers' pipeline defaults to."""
+    controllable: ClassVar[bool] = False
+    """Whether diffusers' control networks steer it."""
 
     # Loading
 

@@ -61,6 +61,7 @@ class TextUNet(TextFamily):
     network_class = CLASS
     part = "unet"
     kind = "unet"
+    controllable = True
 
     def network(self, module: Any) -> Network:
         """See `Family`."""

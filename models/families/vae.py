@@ -23,6 +23,13 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(one) for one in pixels.numpy()]
 
 
+def as_pixels(picture: Image.Image, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A picture of the right size as [1, 3, height, width] from 0 to 1."""
+    processor = VaeImageProcessor(do_resize=False, do_convert_rgb=True, do_normalize=False)
+    pixels: Tensor = processor.preprocess(picture).to(device, dtype)
+    return pixels.contiguous()
+
+
 def posterior(vae: Any, picture: Image.Image, device: torch.device, mask: Image.Image | None = None) -> Any:
     """A picture of the right size to the distribution of its latents: diffusers' `DiagonalGaussianDistribution`.
 

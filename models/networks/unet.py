@@ -17,6 +17,7 @@ from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 
 from models.adapters.bound import bound
+from models.networks import control
 from models.networks.attention import AttentionRows
 from models.networks.gating import Gates, gates_of
 from models.networks.levels import levels_of
@@ -40,6 +41,7 @@ class _Batch:
     store: FeatureStore
     places: Places
     gates: Gates | None
+    controls: control.Controls | None
 
     def take(self, positions: Sequence[int]) -> _Batch:
         if len(positions) == len(self.rows):
@@ -52,11 +54,13 @@ class _Batch:
             emb=self.places.take(self.emb, positions),
             context=None if self.context is None else self.places.take(self.context, positions),
             adapters=None if self.adapters is None else AttentionRows(rows, segments(rows)),
+            controls=None if self.controls is None else self.controls.take(positions),
         )
 
 
 class UNet:
-    """Runs a diffusers `UNet2DConditionModel` (or an unconditional `UNet2DModel`) row by row as the plans say."""
+    """Runs a diffusers `UNet2DConditionModel` (or an unconditional `UNet2DModel`) row by row as the plans say, and the
+    control networks of the rows that have any beside it."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -104,6 +108,7 @@ class UNet:
         x, t = places.take(x, order), places.take(t, order)
         conditioning = {name: places.take(value, order) for name, value in conditioning.items()}
         rows = [rows[i] for i in order]
+        controls = control.begin(x, t, conditioning, rows, places)
         if "beside" in conditioning:  # further channels of what the network is given
             x = torch.cat([x, conditioning["beside"]], dim=1)
         unet = bound(self.module, "", rows)
@@ -120,6 +125,7 @@ class UNet:
             store,
             places,
             gates,
+            controls,
         )
         h = self._descend(0, x, batch)
         out: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
@@ -131,10 +137,14 @@ class UNet:
             return self._middle(x, batch)
         this = self.levels[number]
         skip = self._attend(this.down_attention, self._down(this.down, x, batch), batch)
+        if batch.controls is not None:
+            batch = replace(batch, controls=batch.controls.down(number))
         if batch.gates is None:
             h = self._inside(number, skip, batch)
         else:
             h = self._gated_inside(number, skip, batch, batch.gates)
+        if batch.controls is not None:
+            skip = batch.controls.added(skip, number)
         h = self._attend(this.up_attention, self._of(this.up, batch)(torch.cat([h, skip], dim=1), batch.emb), batch)
         if this.upsampler is not None:
             h = self._of(this.upsampler, batch)(h, x.shape[2:] if batch.resize else None)
@@ -190,7 +200,7 @@ class UNet:
         h: Tensor = self._of(middle.resnets[0], batch)(x, batch.emb)
         for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
             h = self._of(resnet, batch)(self._attend(attention, h, batch), batch.emb)
-        return h
+        return h if batch.controls is None else batch.controls.middle().added(h, None)
 
     def _of(self, module: nn.Module, batch: _Batch) -> Any:
         """A module as the rows of this batch run it."""

@@ -18,11 +18,21 @@ from models.reuse.turns import Turn
 
 if TYPE_CHECKING:
     from models.adapters.lora import Applied
+    from models.networks.control import ControlNet
 
 Conditioning = dict[str, Tensor]
 """What a backbone is conditioned on besides time, by the argument's name; each tensor is [1, ...]."""
 Where = slice | Tensor
 """Rows of a batch: neighbours as a slice, which copies nothing, others by their positions on the device."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RowControl:
+    """What steers a row: a network, what it makes of a picture [1, channels, h, w], and how strongly it acts."""
+
+    network: ControlNet
+    hint: Tensor
+    scale: float
 
 
 @dataclass(eq=False, slots=True)
@@ -38,6 +48,7 @@ class Row:
     memory: Memory = field(default_factory=Memory)
     adapters: tuple[Applied, ...] = ()
     turn: Turn | None = None
+    controls: tuple[RowControl, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +114,10 @@ class Places:
         if key not in self._uploaded:
             self._uploaded[key] = upload(key, self._device)
         return self._uploaded[key]
+
+    def numbers(self, values: Sequence[float]) -> Tensor:
+        """Numbers [n] on the device."""
+        return upload(values, self._device)
 
     def take(self, x: Tensor, positions: Sequence[int]) -> Tensor:
         """These rows of x [rows, ...]; x itself where they are all of it, in order."""

@@ -470,6 +470,7 @@ async def test_models_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None
         "num_classes": None,
         "image_to_image": True,
         "inpaints": False,
+        "controls": [],
         "edits": False,
         "default_image_guidance_scale": None,
         "adapters": [],

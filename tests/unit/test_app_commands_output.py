@@ -94,7 +94,13 @@ def test_generate_asks_for_all_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_p
         "--config", "configs", "--device", "cpu", "--dtype", "float32", "-o", str(out / "ring.v1.png"),
     )  # fmt: skip
     assert ran.exit_code == 0, ran.output
-    files = {"adapters": {"s": "a/b", "t": "c=d"}, "plans": {"p": "e"}, "profiles": {}, "config": Path("configs")}
+    files = {
+        "adapters": {"s": "a/b", "t": "c=d"},
+        "controls": {},
+        "plans": {"p": "e"},
+        "profiles": {},
+        "config": Path("configs"),
+    }
     assert library.loaded == [("m", {"device": "cpu", "dtype": "float32", "stepping": "auto", **files})]
     asked = dict(vars(library.requests[0]))
     image, mask = asked.pop("image"), asked.pop("mask")

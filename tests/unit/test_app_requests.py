@@ -34,6 +34,7 @@ def test_defaults() -> None:
         "num_images": 1,
         "scheduler": None,
         "image": None,
+        "control": None,
         "strength": None,
         "timestep_warp": 1.0,
         "acceleration": None,

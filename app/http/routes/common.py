@@ -69,7 +69,7 @@ async def respond(
             left.leave(ended)
         raise
     if isinstance(request, BodyRequest):
-        for name in PICTURES:
+        for name in (*PICTURES, "control"):
             request.forget(name)
     if asked.stream:
         return Stream(generation, spell)

@@ -18,6 +18,7 @@ from app.http.schemas.responses import (
     AcceleratorBody,
     AcceleratorsBody,
     AdapterBody,
+    ControlBody,
     FrontBody,
     HealthBody,
     MeasuredBody,
@@ -181,6 +182,7 @@ def model_body(name: str, default: bool, created: int, engine: Engine, aliases: 
         default_image_guidance_scale=spec.default_image_guidance_scale if spec.edits else None,
         accelerators=[accelerator_body(mode, {name: spec}) for mode in REGISTRY if _fits(mode, spec)],
         adapters=[adapter_body(info) for info in tuple(spec.adapters.values())],
+        controls=[ControlBody(name=name, parameters=one.parameters) for name, one in spec.controls.items()],
         plans=[
             PlanBody(
                 name=plan,

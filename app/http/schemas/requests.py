@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from models.accelerators import REGISTRY, Accelerator
-from models.resolve import MAX_LORA_SCALE, MAX_LORAS
+from models.resolve import MAX_CONTROL_SCALE, MAX_CONTROLS, MAX_LORA_SCALE, MAX_LORAS
 from models.solvers.names import REGISTRY as SCHEDULERS
 
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -64,6 +64,14 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 2)]
 
 PICTURES = ("image", "mask")
 """Fields that are pictures."""
+PICTURE_FIELDS: Any = {"image": True, "mask": True, "control": {"__all__": {"image"}}}
+"""All that is a picture, as pydantic leaves it out."""
+
+
+def control_picture(number: int) -> str:
+    """The name of the picture that a request's control network of this number sees."""
+    return f"control.{number}.image"
+
 
 EXAMPLE: dict[str, Any] = {
     "prompt": "a large red circle above a small blue square on a white background",
@@ -93,6 +101,18 @@ class LoraField(BaseModel):
 
     name: Text = Field(max_length=200, description="One of the model's adapters of kind style.")
     scale: float = Field(1.0, ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE, description="1 is as it was trained.")
+
+
+class ControlFields(BaseModel):
+    """A control network of the model, and the picture that it sees."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Text = Field(description="One of the model's `controls`.")
+    image: Text | None = Field(None, description="Base64 PNG, JPEG or WebP: edges, depth … as the network was trained.")
+    scale: float = Field(1.0, ge=0, le=MAX_CONTROL_SCALE, description="How strongly it acts.")
+    start: float = Field(0.0, ge=0, le=1, description="From which share of the steps on it acts.")
+    stop: float = Field(1.0, ge=0, le=1, description="Until which; above `start`.")
 
 
 class GenerationFields(BaseModel):
@@ -132,6 +152,9 @@ class GenerationFields(BaseModel):
         None,
         description="Base64 PNG or WebP of the size of `image`, which it needs: what is transparent is repainted, as "
         "with OpenAI; in shades of grey without transparency, what is white. The rest stays.",
+    )
+    control: list[ControlFields] | None = Field(
+        None, max_length=MAX_CONTROLS, description="Control networks that steer the picture, each by one of its own."
     )
     timestep_warp: float = Field(1.0, ge=0.05, le=20, description="Spacing of the time steps; below 1 leans noisy.")
     acceleration: Acceleration | None = Field(None, description="One accelerator, or a list of them, composed.")
@@ -173,15 +196,23 @@ class GenerationFields(BaseModel):
         return tuple(self.acceleration) if isinstance(self.acceleration, list) else (self.acceleration,)
 
     @property
+    def controls(self) -> list[ControlFields]:
+        """The control networks."""
+        return self.control or []
+
+    @property
     def pictures(self) -> dict[str, str]:
         """The pictures in base64, by the names of their fields."""
         found = {name: getattr(self, name) for name in PICTURES}
+        found |= {control_picture(i): one.image for i, one in enumerate(self.controls)}
         return {name: text for name, text in found.items() if text is not None}
 
     def forget_pictures(self) -> None:
         """Let go of them."""
-        for name in self.pictures:
+        for name in PICTURES:
             setattr(self, name, None)
+        for one in self.controls:
+            one.image = None
 
 
 class GenerationRequest(GenerationFields):
@@ -265,7 +296,7 @@ def _conflict(field: str, reason: str) -> PydanticCustomError:
 
 
 FIELD_NAMES = frozenset(
-    {*ImagesRequest.model_fields, *LoraField.model_fields}
+    {*ImagesRequest.model_fields, *LoraField.model_fields, *ControlFields.model_fields}
     | {info.alias or name for accelerator in REGISTRY.values() for name, info in accelerator.model_fields.items()}
 )
 """Every name that a body may use; the path of an error is made of these."""

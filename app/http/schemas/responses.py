@@ -169,6 +169,13 @@ class AdaptersBody(BaseModel):
     data: list[AdapterBody]
 
 
+class ControlBody(BaseModel):
+    """A control network."""
+
+    name: str
+    parameters: int
+
+
 class PlanBody(BaseModel):
     """A DiTFastAttn plan, and the run that it fits."""
 
@@ -231,6 +238,7 @@ class ModelBody(BaseModel):
     default_image_guidance_scale: float | None = Field(description="Where it edits.")
     accelerators: list[AcceleratorBody]
     adapters: list[AdapterBody]
+    controls: list[ControlBody] = Field(description="Control networks that requests may name.")
     plans: list[PlanBody]
     profiles: list[MeasuredBody]
     examples: list[str]
