@@ -281,11 +281,16 @@ def test_every_model_gets_its_own_files(calls: list[tuple[str, dict[str, Any]]])
     common |= {"offload_text_encoders": False, "batch_invariant": False, "max_adapter_bytes": 4 * 2**30}
     one: dict[str, Any] = {
         "adapters": {"first": Path("/a/first")},
+        "controls": {},
         "plans": {n: Path(f"/p/{n}.json") for n in ("D1", "D2")},
         "profiles": {},
     }
     one |= {"config": None, "depth": None}
-    two: dict[str, Any] = {"adapters": {"second": Path("/a/second")}, "plans": {"D3": Path("/p/D3.json")}}
+    two: dict[str, Any] = {
+        "adapters": {"second": Path("/a/second")},
+        "controls": {},
+        "plans": {"D3": Path("/p/D3.json")},
+    }
     two |= {"profiles": {"mine": Path("/q/mine.json")}}
     two |= {"config": Path("/c/two"), "depth": 4}
     assert calls == [("/models/one", one | common), ("org/two", two | common)]
