@@ -1,12 +1,13 @@
 """The tables of deploy/docs, made from the code: `python -m tests.docs` writes each page's again, in place.
 
 A page is prose with tables between `<!-- made: NAME -->` and `<!-- end -->`, where NAME is one of `TABLES`. A test
-holds every page against what this would write.
+holds every page against what this would write. So it is with the settings in the schema of the Helm chart's values.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,9 @@ from models.solvers.flow import FLOW_REGISTRY
 from models.solvers.names import REGISTRY as SCHEDULERS
 
 PAGES = Path(__file__).parents[1] / "deploy" / "docs"
+CHART = PAGES.parent / "helm" / "slipstream" / "values.schema.json"
+PLACED = {"host", "port", "data_dir"}
+"""Settings that the chart sets itself; secrets come from a Secret."""
 BLOCK = re.compile(r"(<!-- made: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {"unet": "U-Net", "dit": "transformer"}
 BROAD = {
@@ -236,8 +240,34 @@ def made(page: str) -> str:
     return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}{block[3]}", page)
 
 
+def chart(schema: str) -> str:
+    """The schema of the chart's values with the settings as the code is now: names, types and ranges."""
+    values = json.loads(schema)
+    values["properties"]["settings"] = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": _chart_settings(),
+    }
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _chart_settings() -> dict[str, Any]:
+    out = {}
+    for name, field in Settings.model_json_schema()["properties"].items():
+        kept = {key: value for key, value in field.items() if key not in ("title", "default")}
+        if field.get("type") == "array":
+            text = {"type": "string", "pattern": "^[^,]+$"}
+            kept = {"description": field["description"], "type": "array", "items": text}
+        if "writeOnly" not in json.dumps(field) and name not in PLACED:
+            out[name] = kept
+    return out
+
+
 def main() -> None:
-    """Write every page that has tables."""
+    """Write every page that has tables, and the chart's schema."""
+    if (now := chart(CHART.read_text())) != CHART.read_text():
+        CHART.write_text(now)
+        print(CHART)
     for file in sorted(PAGES.glob("*.md")):
         page = file.read_text()
         if (now := made(page)) != page:

@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from tests.deploy import DEPLOY, documents, stages
+from tests.manifests import API, kustomize, pod, validate
 
 validator = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate from the test extra")
 KUBERNETES = DEPLOY / "kubernetes"
-API = "1.34"
-CUSTOM = {"monitoring.coreos.com/v1", "keda.sh/v1alpha1", "ray.io/v1"}
 MANIFESTS = [
     path for folder in (KUBERNETES, DEPLOY / "ray") for path in sorted(folder.rglob("*.yaml"))
     if path.name != "kustomization.yaml" and not path.name.startswith("serve") and path.parent.name != "gpu"
 ]  # fmt: skip
-
-
-def render(folder: Path) -> dict[str, Any]:
-    """What kustomize makes of a folder, by kind and name."""
-    kubectl = shutil.which("kubectl") or pytest.skip("kubectl is not installed")
-    done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return {f"{d['kind']}/{d['metadata']['name']}": d for d in yaml.safe_load_all(done.stdout)}
-
-
-def pod(deployment: dict[str, Any]) -> dict[str, Any]:
-    """The pod's specification."""
-    spec: dict[str, Any] = deployment["spec"]["template"]["spec"]
-    return spec
-
-
-def validate(manifest: dict[str, Any]) -> None:
-    """Raise when a manifest of Kubernetes' own kinds does not fit its schema; unknown fields are not allowed."""
-    if manifest["apiVersion"] not in CUSTOM:
-        validator.validate(manifest, API, strict=True)
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -50,8 +26,7 @@ def test_manifest_is_yaml_of_a_known_api(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["base", "gpu", "production"])
 def test_rendered_manifests_fit_their_schemas(name: str) -> None:
-    for manifest in render(KUBERNETES / name).values():
-        validate(manifest)
+    validate(kustomize(KUBERNETES / name).values())
 
 
 def test_jobs_are_on_a_volume_of_one_server(tmp_path: Path) -> None:
@@ -59,9 +34,8 @@ def test_jobs_are_on_a_volume_of_one_server(tmp_path: Path) -> None:
     (tmp_path / "kustomization.yaml").write_text("resources: [base]\ncomponents: [jobs]\n")
     for name in ("base", "jobs"):
         shutil.copytree(KUBERNETES / name, tmp_path / name)
-    rendered = render(tmp_path)
-    for manifest in rendered.values():
-        validate(manifest)
+    rendered = kustomize(tmp_path)
+    validate(rendered.values())
     deployment = rendered["Deployment/slipstream"]
     assert (deployment["spec"]["strategy"], deployment["spec"]["replicas"]) == ({"type": "Recreate"}, 1)
     (server,) = pod(deployment)["containers"]
@@ -76,10 +50,10 @@ def test_validator_would_notice() -> None:
     (deployment,) = documents(KUBERNETES / "base/deployment.yaml")
     deployment["spec"]["selector"] = {"matchLabels": {"a": "b"}}
     deployment["spec"]["template"]["metadata"] = {"labels": {"a": "b"}}
-    validate(deployment)
+    validate([deployment])
     pod(deployment)["containers"][0]["readynessProbe"] = {}
     with pytest.raises(validator.ValidationError, match="readynessProbe"):
-        validate(deployment)
+        validate([deployment])
 
 
 def test_grace_is_longer_than_the_longest_request() -> None:
@@ -102,7 +76,7 @@ def test_user_and_writable_places_are_those_of_the_image() -> None:
 
 
 def test_production_is_a_gpu_server_watched_and_scaled() -> None:
-    parts = render(KUBERNETES / "production")
+    parts = kustomize(KUBERNETES / "production")
     (server,) = pod(parts["Deployment/slipstream"])["containers"]
     assert server["image"] == "slipstream:cuda"
     assert server["resources"]["limits"]["nvidia.com/gpu"] == "1"
@@ -118,7 +92,7 @@ def test_production_is_a_gpu_server_watched_and_scaled() -> None:
 
 
 def test_kuberay_gets_the_local_serve_file() -> None:
-    service = render(DEPLOY / "ray")["RayService/slipstream"]
+    service = kustomize(DEPLOY / "ray")["RayService/slipstream"]
     assert service["spec"]["serveConfigV2"] == (DEPLOY / "ray/serve.yaml").read_text()
     cluster = service["spec"]["rayClusterConfig"]
     store = {"secretKeyRef": {"name": "slipstream-jobs", "key": "url", "optional": True}}
