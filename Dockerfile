@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1.7
 # One image for every machine: `docker build .` for CPU, `--build-arg DEVICE=cuda` for NVIDIA (torch's wheels bring CUDA;
-# the host brings the driver). EXTRAS=cluster adds Ray; APT_PACKAGES=g++ adds the compiler that `--compile` needs.
+# the host brings the driver). EXTRAS="cluster otel" adds Ray and traces; APT_PACKAGES=g++
+# adds the compiler that `--compile` needs.
 ARG PYTHON=python:3.11.14-slim-bookworm
 
 # The dependencies alone: this layer, the big one, changes only with pyproject.toml.

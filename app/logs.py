@@ -22,8 +22,8 @@ from models.errors import cut
 
 REQUESTS = logging.getLogger("slipstream.request")
 SERVER = logging.getLogger("slipstream.server")
-LOGGERS = ("slipstream", "uvicorn", "asyncio", "python_multipart", "py.warnings")
-"""Whose lines are written: the server's, its HTTP library's, the event loop's, those of forms, and warnings."""
+LOGGERS = ("slipstream", "uvicorn", "asyncio", "python_multipart", "opentelemetry", "py.warnings")
+"""Whose lines are written: the server's, its HTTP library's, the event loop's, those of forms, traces, and warnings."""
 QUEUED_LINES = 4096
 """Lines that may wait to be written."""
 LINE_CHARACTERS = 16_384

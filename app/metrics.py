@@ -124,6 +124,7 @@ class Metrics:
         self.heap = gauge("heap_bytes", "The C library's heap: used by the program, or kept for its next use.", "state")
         for state in heap_bytes():
             self.heap.labels(state).set_function(partial(_heap, state))
+        self.spans = counter("spans_total", "Spans of traces: made, sent to the collector, refused by it.", "outcome")
         self.build = Info("slipstream_build", "What is running.", registry=registry)
         registry.register(_LogCollector())
         registry.register(_DeviceCollector())

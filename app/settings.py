@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from base64 import b64decode
+from importlib.util import find_spec
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -160,6 +162,10 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity logged.")
     log_file: Path | None = Field(None, description="Log into this file instead of standard error.")
 
+    otlp_endpoint: str | None = Field(
+        None, description="Collector of OpenTelemetry traces, http://collector:4318 or the like; none: no traces."
+    )
+
     @field_validator(
         *("model", "alias", "adapter", "control", "plan", "profile", "config", "depth", "api_keys", "cors_origins"),
         *("webhook_origins", "webhook_networks"),
@@ -198,6 +204,27 @@ class Settings(BaseSettings):
         if self.webhook_origins and self.webhook_secret is None:
             raise ValueError("webhook_origins: give webhook_secret too, which signs them")
         return self
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _collector(cls, value: str | None) -> str | None:
+        """An address to which /v1/traces is added, and the packages that can send there."""
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+            valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # of a port
+            valid = False
+        if not valid or parts.username is not None or parts.query or parts.fragment:
+            raise ValueError("must be http:// or https:// with a host, without user, query or fragment")
+        try:
+            found = find_spec("opentelemetry.exporter.otlp.proto.http") and find_spec("opentelemetry.sdk.trace")
+        except ModuleNotFoundError:
+            found = None
+        if not found:
+            raise ValueError("needs the extra: pip install 'slipstream-diffusion[otel]'")
+        return value
 
     @field_validator("log_file")
     @classmethod

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from torch import Tensor
 
@@ -64,10 +64,11 @@ Event = Queued | Progress | Preview | Finished | Failed
 
 @dataclass
 class Timing:
-    """Moments of a job on the monotonic clock, in seconds; `started` when the first tick took it."""
+    """Moments of a job on the monotonic clock, in seconds, 0 until they come; `started` when the first tick took it."""
 
     submitted: float = 0.0
     started: float = 0.0
+    encoded: float = 0.0
     denoised: float = 0.0
     finished: float = 0.0
 
@@ -85,6 +86,16 @@ class Timing:
     def decode(self) -> float:
         """Seconds from the last step to the last picture."""
         return self.finished - self.denoised
+
+    def stages(self, now: float) -> Iterator[tuple[str, float, float]]:
+        """The stages that it reached, each with its begin and end; what was broken off ended with the job, or `now`.
+
+        Other than the property, `denoise` begins here where `encode` ends.
+        """
+        moments = (self.submitted, self.started, self.encoded, self.denoised, self.finished)
+        for name, (begin, end) in zip(("queue", "encode", "denoise", "decode"), pairwise(moments), strict=True):
+            if begin:
+                yield name, begin, end or self.finished or now
 
 
 @dataclass(eq=False)

@@ -124,9 +124,9 @@ class Worker:
                     self._make_room(backbone)
                 self._end(job, Failed(_start_error(error)))
                 continue
-            job.timing.started = began
+            job.timing.started, job.timing.encoded = began, self._clock()
             self._metrics.queue_seconds.labels(job.model).observe(job.timing.queue)
-            self._metrics.stage_seconds.labels("encode").observe(self._clock() - began)
+            self._metrics.stage_seconds.labels("encode").observe(job.timing.encoded - began)
             self._started(job)
 
     def _start_one(self, job: Job, backbone: Backbone) -> None:

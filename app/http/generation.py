@@ -142,10 +142,12 @@ class Generation:
                 for image, seed in zip(self.finished.images, self.job.run.seeds, strict=True)
             ]
         costs = await self._known()
+        ended = time.monotonic()
+        self.record.stages.append(("serialize", began, ended))
         for stage, seconds in (
             ("denoise", timing.denoise),
             ("decode", timing.decode),
-            ("serialize", time.monotonic() - began),
+            ("serialize", ended - began),
         ):
             metrics.stage_seconds.labels(stage).observe(seconds)
         metrics.images.labels(self.job.model).inc(len(files))
@@ -203,6 +205,7 @@ class Generation:
         """Nobody waits any more: what is not done is dropped at the next tick, and counted by its cause."""
         self.costs.cancel()
         self.held.free()
+        self.record.stages[:0] = self.job.timing.stages(self.engine.clock())
         if self.finished is not None:
             return
         self.engine.cancel(self.job)

@@ -33,6 +33,7 @@ from models.backbone import Backbone
 from models.spec import short_name
 
 if TYPE_CHECKING:
+    from app.http.traces import Traces
     from app.jobs.service import JobService
 
 DESCRIPTION = "Diffusion inference where each request chooses its own acceleration and all share one batch."
@@ -51,6 +52,7 @@ def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbon
     bodies = Bodies(settings.max_inflight_bytes, metrics.body_bytes)
 
     jobs = _store(settings, service)
+    traces = _traces(settings, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -65,13 +67,15 @@ def create_app(settings: Settings | None = None, backbones: Mapping[str, Backbon
                 await jobs.stop()
             engine.close()
             service.close()
+            if traces is not None:
+                await traces.close()
 
     app = FastAPI(
         title="Slipstream",
         description=DESCRIPTION,
         version=distribution_version(),
         lifespan=lifespan,
-        middleware=_middleware(settings, metrics, bodies, lambda: engine.state not in ("loading", "ready")),
+        middleware=_middleware(settings, metrics, bodies, lambda: engine.state not in ("loading", "ready"), traces),
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
@@ -116,15 +120,27 @@ def _store(settings: Settings, service: Service) -> JobService | None:
     return JobService(settings, service)
 
 
+def _traces(settings: Settings, metrics: Metrics) -> Traces | None:
+    """What sends traces where they are asked for; neither SDK nor exporter is imported otherwise."""
+    if settings.otlp_endpoint is None:
+        return None
+    from app.http.traces import Traces, exporter
+
+    return Traces(exporter(settings.otlp_endpoint), distribution_version(), metrics.spans)
+
+
 def _loader(settings: Settings, metrics: Metrics, backbones: Mapping[str, Backbone] | None) -> Callable[[Pace], Loaded]:
     if backbones is None:
         return partial(load_all, settings, metrics)
     return lambda pace: (backbones, warm_all(backbones, settings, metrics, pace))
 
 
-def _middleware(settings: Settings, metrics: Metrics, bodies: Bodies, ending: Callable[[], bool]) -> list[Middleware]:
+def _middleware(
+    settings: Settings, metrics: Metrics, bodies: Bodies, ending: Callable[[], bool], traces: Traces | None
+) -> list[Middleware]:
     """Outermost first."""
-    stack = [Middleware(Observe, metrics=metrics, cors=bool(settings.cors_origins), ending=ending), Middleware(Head)]
+    cors = bool(settings.cors_origins)
+    stack = [Middleware(Observe, metrics=metrics, cors=cors, ending=ending, traces=traces), Middleware(Head)]
     if settings.cors_origins:
         exposed = ["X-Request-Id", "Retry-After", *(f"X-Slipstream-{name}" for name in ("Id", "Seed", "Model"))]
         stack.append(
@@ -132,7 +148,7 @@ def _middleware(settings: Settings, metrics: Metrics, bodies: Bodies, ending: Ca
                 CORSMiddleware,
                 allow_origins=list(settings.cors_origins),
                 allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+                allow_headers=["Authorization", "Content-Type", "X-Request-Id", "Traceparent", "Tracestate"],
                 expose_headers=exposed,
             )
         )

@@ -10,7 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,6 +21,9 @@ from app.http.record import Record
 from app.logs import REQUESTS
 from app.metrics import Metrics
 from models.errors import cut
+
+if TYPE_CHECKING:
+    from app.http.traces import Traces
 
 ENDPOINTS = ("/generate", "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
 """Routes that are counted, by their path."""
@@ -53,9 +56,17 @@ def route_path(scope: Scope) -> str:
 class Observe:
     """Outermost: takes or makes the request id, answers what nobody caught, counts and logs every request once."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, cors: bool, ending: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        cors: bool,
+        ending: Callable[[], bool] = lambda: False,
+        traces: Traces | None = None,
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._traces = traces
         self._ending = ending
         self._headers = {k: v for k, v in SAFE_HEADERS.items() if not (cors and k == "Cross-Origin-Resource-Policy")}
 
@@ -117,6 +128,9 @@ class Observe:
         facts |= {"status": record.status, "seconds": round(seconds, 4)}
         if record.endpoint:
             facts |= {"model": record.model, "acceleration": record.acceleration, "outcome": record.outcome}
+        if record.endpoint and self._traces is not None:
+            trace_id = self._traces.request(scope, record, seconds)
+            facts |= {} if trace_id is None else {"trace_id": trace_id}
         facts |= {"code": record.code, "error": record.error} if record.code else {}
         quiet = not record.endpoint and (record.status < 400 or scope["path"].startswith("/health/"))
         REQUESTS.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"facts": facts | record.facts})

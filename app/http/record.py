@@ -15,7 +15,7 @@ class Record:
     """Facts of one request. `endpoint` stays empty for routes that generate nothing.
 
     `client` is whose share of the device it is served with, and `weight` how large that is beside others'. `arrived` is
-    on the monotonic clock: deadlines run from it.
+    on the monotonic clock: deadlines run from it, and `stages`, each with its begin and end, are on the same.
     """
 
     request_id: str
@@ -30,6 +30,7 @@ class Record:
     code: str = ""
     error: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    stages: list[tuple[str, float, float]] = field(default_factory=list)
 
     def failed(self, error: ServiceError) -> None:
         """Note how it failed."""

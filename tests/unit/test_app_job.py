@@ -75,3 +75,15 @@ def test_a_jobs_previews_are_counted_in_evaluations() -> None:
 def test_times() -> None:
     timing = Timing(submitted=1.0, started=3.0, denoised=7.0, finished=15.0)
     assert (timing.queue, timing.denoise, timing.decode) == (2.0, 4.0, 8.0)
+
+
+def test_the_stages_that_a_job_reached() -> None:
+    whole = Timing(submitted=1.0, started=3.0, encoded=4.0, denoised=7.0, finished=15.0)
+    assert list(whole.stages(20.0)) == [
+        ("queue", 1.0, 3.0), ("encode", 3.0, 4.0), ("denoise", 4.0, 7.0), ("decode", 7.0, 15.0)
+    ]  # fmt: skip
+    assert not list(Timing().stages(20.0))
+    assert list(Timing(submitted=1.0).stages(20.0)) == [("queue", 1.0, 20.0)]
+    assert list(Timing(submitted=1.0, started=3.0, encoded=4.0, finished=5.0).stages(20.0))[2:] == [
+        ("denoise", 4.0, 5.0)
+    ]

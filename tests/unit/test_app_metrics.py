@@ -53,6 +53,7 @@ WANTED = {
     "prompt_cache_bytes": ("gauge", ""),
     "feature_memory_bytes": ("gauge", "model"),
     "heap_bytes": ("gauge", "state"),
+    "spans": ("counter", "outcome"),
     "out_of_memory": ("counter", ""),
     "model_weight_bytes": ("gauge", "model part"),
     "adapter_memory_bytes": ("gauge", "model"),

@@ -267,3 +267,20 @@ def test_the_help_shows_defaults_and_choices() -> None:
         assert text in shown
     for text in ("auto|float32|bfloat16|float16", "debug|info|warning|error", "--compile", "--no-compile"):
         assert text in shown
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["collector:4318", "ftp://collector", "http://", "http://a:b@collector", "http://collector:99999", "http://c/?x=1"],
+)
+def test_a_collector_is_an_address(value: str) -> None:
+    with pytest.raises(ValidationError, match=r"otlp_endpoint\n.*http"):
+        Settings(otlp_endpoint=value)
+
+
+def test_traces_say_that_they_need_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings(otlp_endpoint="https://collector:4318/prefix").otlp_endpoint == "https://collector:4318/prefix"
+    monkeypatch.setattr("app.settings.find_spec", lambda name: None)
+    result = CliRunner().invoke(cli, ["serve", "--otlp-endpoint", "http://collector:4318"])
+    assert result.exit_code == 2
+    assert "--otlp-endpoint (SLIPSTREAM_OTLP_ENDPOINT): needs the extra: pip install" in result.output
