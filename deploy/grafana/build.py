@@ -11,6 +11,8 @@ TARGET = Path(__file__).parent / "dashboards" / "slipstream.json"
 DATASOURCE = {"type": "prometheus", "uid": "prometheus"}
 INSTANCE = 'instance=~"$instance"'
 MODEL = f'model=~"$model",{INSTANCE}'
+EACH = "model, instance"
+GPU = "GPU {{gpu}} {{Hostname}}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ def total(metric: str, by: str = "", labels: str = INSTANCE) -> str:
     return f"sum by ({by}) ({metric}{{{labels}}})"
 
 
+def gpu(metric: str) -> str:
+    """A gauge of DCGM's exporter by card; the exporter's own instance is not a server's, so all cards are shown."""
+    return f"max by (Hostname, gpu) ({metric})"
+
+
 def stat(title: str, about: str, unit: str, query: str) -> Panel:
     """One number."""
     return Panel(title, about, unit, ((query, ""),), width=4, kind="stat")
@@ -53,6 +60,7 @@ def stat(title: str, about: str, unit: str, query: str) -> Panel:
 
 REQUESTS, DURATION, MACS = "slipstream_requests_total", "slipstream_request_duration_seconds", "slipstream_macs_total"
 STEPS, REDUCED = "slipstream_denoise_steps_total", ',kind="reduced"'
+EVALUATIONS, FORETOLD = "slipstream_network_evaluations_total", ',kind="forecast"'
 GATES, SKIPPED = "slipstream_gate_decisions_total", ',decision="skipped"'
 OK, FAILED, SAVED = ',outcome="ok"', ',outcome=~"error|deadline"', ',kind="saved"'
 
@@ -85,9 +93,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Waiting near capacity means that new requests are about to get 429.",
             "none",
             (
-                (total("slipstream_requests_running"), "running"),
-                (total("slipstream_requests_waiting"), "waiting"),
-                (total("slipstream_queue_capacity"), "capacity"),
+                (total("slipstream_requests_running", "instance"), "running {{instance}}"),
+                (total("slipstream_requests_waiting", "instance"), "waiting {{instance}}"),
+                (total("slipstream_queue_capacity", "instance"), "capacity {{instance}}"),
             ),
         ),
         Panel(
@@ -130,14 +138,35 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ((rate("slipstream_requests_cancelled_total", "cause", labels=INSTANCE), "{{cause}}"),),
         ),
     ),
+    "Servers": (
+        Panel(
+            "Requests by server",
+            "What a balancer gives each; all outcomes.",
+            "reqps",
+            ((rate(REQUESTS, "instance"), "{{instance}}"),),
+            stack=True,
+        ),
+        Panel(
+            "p95 by server",
+            "From arrival to the answer; successes only. One far above the others has a slower device or a neighbour.",
+            "s",
+            ((quantile(0.95, DURATION, "instance", OK), "{{instance}}"),),
+        ),
+        Panel(
+            "Connections",
+            "Open ones.",
+            "none",
+            ((total("slipstream_connections", "instance"), "{{instance}}"),),
+        ),
+    ),
     "Batching": (
         Panel(
             "Rows a tick",
             "How full the batch is. Low while requests wait: raise the rows a tick.",
             "none",
             (
-                (mean("slipstream_tick_rows", "model"), "mean {{model}}"),
-                (quantile(0.95, "slipstream_tick_rows", "model"), "p95 {{model}}"),
+                (mean("slipstream_tick_rows", EACH), "mean {{model}} {{instance}}"),
+                (quantile(0.95, "slipstream_tick_rows", EACH), "p95 {{model}} {{instance}}"),
             ),
         ),
         Panel(
@@ -145,8 +174,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Different step plans that shared one forward.",
             "none",
             (
-                (mean("slipstream_tick_plans", "model"), "mean {{model}}"),
-                (quantile(0.95, "slipstream_tick_plans", "model"), "p95 {{model}}"),
+                (mean("slipstream_tick_plans", EACH), "mean {{model}} {{instance}}"),
+                (quantile(0.95, "slipstream_tick_plans", EACH), "p95 {{model}} {{instance}}"),
             ),
         ),
         Panel(
@@ -154,7 +183,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "One forward and one scheduler step of every trajectory in it.",
             "s",
             tuple(
-                (quantile(q, "slipstream_tick_duration_seconds", "model"), f"p{q * 100:.0f} {{{{model}}}}")
+                (
+                    quantile(q, "slipstream_tick_duration_seconds", EACH),
+                    f"p{q * 100:.0f} {{{{model}}}} {{{{instance}}}}",
+                )
                 for q in (0.5, 0.95)
             ),
         ),
@@ -189,7 +221,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "ops",
             (
                 (rate("slipstream_auto_choices_total", "candidate"), "{{candidate}}"),
-                (f"sum(rate(slipstream_auto_moved_total{{{INSTANCE}}}[5m]))", "moved"),
+                (rate("slipstream_auto_moved_total", labels=INSTANCE), "moved"),
             ),
         ),
         Panel(
@@ -202,6 +234,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                     "{{mode}}",
                 ),
             ),
+        ),
+        Panel(
+            "Forecasts",
+            "Of the images' predictions, the part that was foretold and not computed.",
+            "percentunit",
+            ((f"{rate(EVALUATIONS, 'model', FORETOLD)} / {rate(EVALUATIONS, 'model')}", "{{model}}"),),
         ),
         Panel("Images", "", "ops", ((rate("slipstream_images_total", "model"), "{{model}}"),), width=12),
         Panel(
@@ -219,7 +257,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Used counts every process on the device; allocated and reserved are this server's.",
             "bytes",
             tuple(
-                (f"slipstream_gpu_memory_{what}_bytes{{{INSTANCE}}}", f"{what} {{{{device}}}}")
+                (f"slipstream_gpu_memory_{what}_bytes{{{INSTANCE}}}", f"{what} {{{{device}}}} {{{{instance}}}}")
                 for what in ("used", "total", "allocated", "reserved", "peak")
             ),
             width=12,
@@ -228,7 +266,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Feature memory",
             "What the accelerators remember between steps; back to zero when nothing runs.",
             "bytes",
-            ((total("slipstream_feature_memory_bytes", "model", MODEL), "{{model}}"),),
+            ((total("slipstream_feature_memory_bytes", EACH, MODEL), "{{model}} {{instance}}"),),
             width=12,
             stack=True,
         ),
@@ -236,14 +274,26 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Held for clients",
             "What unanswered requests keep, bodies that are being read, files on their way to the store; bounded each.",
             "bytes",
-            tuple((total(f"slipstream_{what}_bytes"), what) for what in ("waiting", "body", "spool")),
+            tuple(
+                (total(f"slipstream_{what}_bytes", "instance"), f"{what} {{{{instance}}}}")
+                for what in ("waiting", "body", "spool")
+            ),
         ),
         Panel(
             "Weights",
             "Base models, and the adapters beside them.",
             "bytes",
-            ((total("slipstream_model_weight_bytes", "model, part", MODEL), "{{model}} {{part}}"),),
+            ((total("slipstream_model_weight_bytes", f"{EACH}, part", MODEL), "{{model}} {{part}} {{instance}}"),),
             stack=True,
+        ),
+        Panel(
+            "Kept for the next time",
+            "LoRAs on the device, and encoded prompts; what was used longest ago goes first.",
+            "bytes",
+            (
+                (total("slipstream_adapter_memory_bytes", EACH, MODEL), "LoRAs {{model}} {{instance}}"),
+                (total("slipstream_prompt_cache_bytes", "instance"), "prompts {{instance}}"),
+            ),
         ),
         Panel(
             "Out of memory",
@@ -257,7 +307,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "bytes",
             (
                 (f'process_resident_memory_bytes{{job=~"slipstream.*",{INSTANCE}}}', "{{instance}}"),
-                (total("slipstream_heap_bytes", "state"), "heap {{state}}"),
+                (total("slipstream_heap_bytes", "state, instance"), "heap {{state}} {{instance}}"),
             ),
         ),
     ),
@@ -281,6 +331,30 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "ops",
             ((rate("slipstream_webhook_deliveries_total", "outcome", labels=INSTANCE), "{{outcome}}"),),
             stack=True,
+        ),
+    ),
+    "GPU (needs NVIDIA's DCGM exporter)": (
+        Panel(
+            "GPU utilisation",
+            "Part of the time in which something ran, of any process. Low while requests wait: the host is the brake.",
+            "percent",
+            ((gpu("DCGM_FI_DEV_GPU_UTIL"), GPU),),
+        ),
+        Panel("GPU power", "", "watt", ((gpu("DCGM_FI_DEV_POWER_USAGE"), GPU),)),
+        Panel("GPU temperature", "", "celsius", ((gpu("DCGM_FI_DEV_GPU_TEMP"), GPU),)),
+        Panel(
+            "GPU memory, by DCGM",
+            "Used by every process on the card, and free.",
+            "mbytes",
+            ((gpu("DCGM_FI_DEV_FB_USED"), f"used {GPU}"), (gpu("DCGM_FI_DEV_FB_FREE"), f"free {GPU}")),
+            width=12,
+        ),
+        Panel(
+            "XID errors",
+            "The number of the last error that the driver reported, 0 for none; NVIDIA lists what each means.",
+            "none",
+            ((gpu("DCGM_FI_DEV_XID_ERRORS"), GPU),),
+            width=12,
         ),
     ),
 }

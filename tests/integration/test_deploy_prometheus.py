@@ -29,6 +29,7 @@ MODES: list[Any] = [
     {"mode": "deepcache", "interval": 2},
     [{"mode": "deepcache", "interval": 3}, {"mode": "selective_guidance", "stop": 0.5}],
     {"mode": "adaptive_deepcache", "threshold": 100},
+    {"mode": "forecast", "interval": 2},
 ]
 
 
@@ -53,12 +54,15 @@ def load(base: str) -> set[int]:
 
 @pytest.fixture(scope="module")
 def card() -> Iterator[str]:
-    """A stand-in for the series that only a server with a GPU has, or with a profile."""
+    """A stand-in for the series that only a server with a GPU has, or with a profile, or DCGM's exporter."""
     registry = CollectorRegistry()
     Counter("slipstream_auto_choices", "c", ["model", "candidate"], registry=registry).labels("sd", "unipc-8").inc()
     for kind, size in (("allocated", 8), ("reserved", 10), ("peak", 9), ("used", 12), ("total", 80)):
         gauge = Gauge(f"slipstream_gpu_memory_{kind}_bytes", kind, ["device"], registry=registry)
         gauge.labels("0").set(size * 2**30)
+    for what, value in (("GPU_UTIL", 97), ("POWER_USAGE", 640), ("GPU_TEMP", 61), ("FB_USED", 9e3), ("FB_FREE", 7e4)):
+        Gauge(f"DCGM_FI_DEV_{what}", what, ["gpu", "Hostname"], registry=registry).labels("0", "node").set(value)
+    Gauge("DCGM_FI_DEV_XID_ERRORS", "x", ["gpu", "Hostname"], registry=registry).labels("0", "node").set(0)
     server, thread = start_http_server(0, "127.0.0.1", registry)
     yield f"127.0.0.1:{server.server_port}"
     server.shutdown()

@@ -19,6 +19,16 @@ from tests.deploy import DEPLOY, ROOT, dashboard_queries
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
 ALWAYS = {"job", "instance", "le"}
 RULES = DEPLOY / "prometheus/rules.yml"
+DCGM = [
+    f"DCGM_FI_DEV_{what}"
+    for what in ("GPU_TEMP", "POWER_USAGE", "GPU_UTIL", "MEM_COPY_UTIL", "XID_ERRORS", "FB_FREE", "FB_USED")
+]
+"""Gauges among those that NVIDIA's exporter has by default (its etc/default-counters.csv)."""
+GAUGES = {f"slipstream_gpu_memory_{kind}_bytes" for kind in ("allocated", "reserved", "peak", "used", "total")} | {
+    metric._name
+    for metric in vars(Metrics()).values()
+    if isinstance(metric, MetricWrapperBase) and metric._type == "gauge"
+}
 
 
 def rules() -> list[dict[str, Any]]:
@@ -47,12 +57,16 @@ def exported() -> dict[str, set[str]]:
                 out[metric._name + suffix] = set(metric._labelnames)
     for kind in ("allocated", "reserved", "peak", "used", "total"):
         out[f"slipstream_gpu_memory_{kind}_bytes"] = {"device"}
+    for name in DCGM:
+        out[name] = {"gpu", "UUID", "Hostname"}
     return out
 
 
 def names(query: str) -> dict[str, set[str]]:
     """Labels that a query asks of each metric it reads; labels it groups by are asked of all."""
-    read = dict.fromkeys(re.findall(r"\b(?:slipstream_\w+|process_\w+|up)\b", re.sub(r"\b\w+:\w+:\w+", "", query)), "")
+    read = dict.fromkeys(
+        re.findall(r"\b(?:slipstream_\w+|process_\w+|DCGM_\w+|up)\b", re.sub(r"\b\w+:\w+:\w+", "", query)), ""
+    )
     for metric, matchers in re.findall(r"(\w+)\{([^}]*)\}", query):
         read[metric] = matchers
     grouped = {g for by in re.findall(r"\bby \(([^)]*)\)", query) for g in re.split(r",\s*", by) if g}
@@ -92,6 +106,43 @@ def test_dashboard_has_no_overlaps_and_no_double_ids() -> None:
     assert len(cells) == len(set(cells))
     assert max(x for x, _ in cells) == 23
     assert len({p["id"] for p in panels}) == len(panels)
+
+
+def targets() -> list[tuple[str, str, str]]:
+    """Title, query and legend of everything that is drawn as lines."""
+    panels = json.loads((DEPLOY / "grafana/dashboards/slipstream.json").read_text())["panels"]
+    lines = [panel for panel in panels if panel["type"] == "timeseries"]
+    return [(panel["title"], t["expr"], t["legendFormat"]) for panel in lines for t in panel["targets"]]
+
+
+def test_a_legend_tells_apart_what_its_query_does() -> None:
+    """Every label that lines are grouped by is in their names, and no name asks for a label that is gone."""
+    for title, query, legend in targets():
+        grouped = {label for by in re.findall(r"\bby \(([^)]*)\)", query) for label in re.split(r",\s*", by) if label}
+        asked = set(re.findall(r"{{(\w+)}}", legend))
+        assert not grouped or asked == grouped - {"le"}, title
+
+
+def test_what_each_server_has_is_told_apart_by_server() -> None:
+    """Gauges of two servers are two lines; only the store's are the same from each of them."""
+    drawn = [(title, names(query).keys() & GAUGES, legend) for title, query, legend in targets()]
+    assert sum(bool(gauges) for _, gauges, _ in drawn) > 15
+    for title, gauges, legend in drawn:
+        assert not gauges - {"slipstream_jobs"} or "{{instance}}" in legend, title
+
+
+def test_every_topic_has_a_panel() -> None:
+    """Forecasts, gates, auto, jobs; and of DCGM utilisation, power, memory, XID."""
+    read = {metric for _, query, _ in targets() for metric in names(query)}
+    assert {
+        "slipstream_network_evaluations_total",
+        "slipstream_gate_decisions_total",
+        "slipstream_auto_choices_total",
+        "slipstream_auto_moved_total",
+        "slipstream_jobs",
+        "slipstream_jobs_recovered_total",
+        *(f"DCGM_FI_DEV_{what}" for what in ("GPU_UTIL", "POWER_USAGE", "FB_USED", "FB_FREE", "XID_ERRORS")),
+    } <= read
 
 
 @pytest.mark.parametrize("alert", ALERTS)
