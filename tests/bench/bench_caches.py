@@ -53,8 +53,9 @@ def others(backbone: Backbone) -> list[Accelerator]:
 
 
 def name_of(cache: Accelerator) -> str:
-    """What is not as by default."""
-    facts = cache.model_dump(exclude_defaults=True, exclude={"mode"})
+    """Its interval, and what is not as by default."""
+    facts = cache.model_dump(include={"interval"} & type(cache).model_fields.keys())
+    facts |= cache.model_dump(exclude_defaults=True, exclude={"mode"})
     return cache.mode + "".join(f" {key}={value}" for key, value in facts.items())
 
 
