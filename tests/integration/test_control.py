@@ -23,12 +23,13 @@ from models.accelerators import AdaptiveDeepCache, CfgStudent, DeepCache, DepthS
 from models.costs.macs import counts_of
 from models.errors import ModelLoadError, RequestError
 from models.generate import start
-from models.request import Control
+from models.request import Control, LoraScale
 from models.resolve import resolve
 from models.reuse.plans import RowPlan, StepRows
 from tests.pipelines import save_adapter
 from tests.reference import generators, scheduler_for
 from tests.serving import aio, pixels, serving
+from tests.styles import save_style
 
 Backbones = Callable[[str], Backbone]
 PIPELINES = {
@@ -77,14 +78,14 @@ def steered_of(
 
     def backbone(layout: str) -> Backbone:
         if layout not in loaded:
-            student = save_adapter(
-                pipeline_of(layout).unet, tmp_path_factory.mktemp("student") / layout, guidance_scale=3.0
-            )
+            root, pipeline = tmp_path_factory.mktemp("adapters"), pipeline_of(layout)
+            student = save_adapter(pipeline.unet, root / "student", guidance_scale=3.0)
+            one, two = (save_style(pipeline, root / f"{name}.safetensors", i) for i, name in ((1, "one"), (2, "two")))
             loaded[layout] = load(
                 str(pipeline_dir(layout)),
                 device="cpu",
                 dtype="float32",
-                adapters={"student": student},
+                adapters={"student": student, "one": one, "two": two},
                 controls=directories(layout),
             )
         return loaded[layout]
@@ -183,6 +184,8 @@ CASES: dict[str, dict[str, Any]] = {
     "selective": {"acceleration": [SelectiveGuidance(stop=0.5)], "control": [Control("canny", photo(6), 1.0, 0.4)]},
     "gate": {"acceleration": AdaptiveDeepCache(threshold=0.3), "num_inference_steps": 6},
     "student": {"acceleration": CfgStudent(), "guidance_scale": None, "negative_prompt": None},
+    "style": {"loras": [LoraScale("one", 0.8)], "control": ()},
+    "other_style": {"loras": [LoraScale("two", 1.2)], "scheduler": "euler"},
     "masked": {"image": photo(9), "mask": Image.new("1", (WIDTH, HEIGHT), 0), "strength": 0.8},
     "masked_alone": {"image": photo(9), "mask": Image.linear_gradient("L").resize((WIDTH, HEIGHT)), "control": ()},
 }
@@ -190,7 +193,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("stepping", ["exact", "batched"])
 def test_alone_is_mixed(stepping: Any, steered_of: Backbones) -> None:
-    """Begun one after another: rows with none, one and two networks, cached, cut short, gated, masked, of a student."""
+    """Begun one after another: with none, one or two networks, cached, cut short, gated, masked, styled, a student."""
     backbone = replace(steered_of("sd"), stepping=stepping)
     asked = [request(seed=i, **options) for i, options in enumerate(CASES.values())]
     alone = [generate(backbone, [one])[0] for one in asked]
