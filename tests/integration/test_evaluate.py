@@ -55,14 +55,24 @@ def test_a_small_run_writes_every_file(cli: typer.Typer, pipeline_dir: Callable[
             assert min(picture.size) > 100
 
 
-@pytest.mark.parametrize("text", ["deepcache:interval=0", "delta_dit", "cfg_student:adapter=nobody"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("deepcache:interval=0", "interval: '0' of deepcache is not allowed"),
+        ("delta_dit", "delta_dit"),
+        ("cfg_student:adapter=nobody", "nobody"),
+    ],
+)
 def test_what_does_not_fit_is_said_before_anything_runs(
-    text: str, cli: typer.Typer, pipeline_dir: Callable[[str], Path], tmp_path: Path
+    text: str, words: str, cli: typer.Typer, pipeline_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    arguments = ["--model", str(pipeline_dir("sd")), "--acceleration", text, "-o", str(tmp_path), "--captions", "2"]
-    result = CliRunner().invoke(cli, ["evaluate", *arguments])
-    assert result.exit_code == 2
-    assert not list(tmp_path.iterdir())
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a red circle\na blue square\n")
+    arguments = ["--model", str(pipeline_dir("sd")), "--acceleration", text, "-o", str(output)]
+    result = CliRunner().invoke(cli, ["evaluate", *arguments, "--prompts", str(prompts)])
+    assert isinstance(result.exception, RequestError)
+    assert words in str(result.exception)
+    assert not output.exists()
 
 
 def test_converged_pictures_are_drawn_once(

@@ -589,6 +589,8 @@ def test_weights_are_told_apart_in_bytes_and_loading_in_seconds(
     assert found == {
         ("weight_bytes", "sd", "base"): tensor_bytes(pipeline_dir("sd")) - encoder,
         ("weight_bytes", "sd", "text_encoder"): encoder,
+        ("weight_bytes", "sd", "control"): 0.0,
+        ("weight_bytes", "dit", "control"): 0.0,
         ("weight_bytes", "sd", "adapter"): tensor_bytes(small) + tensor_bytes(large),
         ("weight_bytes", "dit", "base"): tensor_bytes(pipeline_dir("dit")),
         ("weight_bytes", "dit", "text_encoder"): 0,

@@ -131,6 +131,10 @@ class FakeBackbone:
         self.rows: list[int] = []
         self.decoded: list[list[int]] = []
 
+    def control_bytes(self) -> int:
+        """There are no control networks."""
+        return 0
+
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning, rows: Sequence[Row]) -> Tensor:
         """Predict the seeds, and remember what the plans want remembered."""
         owners: list[Any] = [row.owner for row in rows]

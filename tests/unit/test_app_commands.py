@@ -103,6 +103,7 @@ def test_generate_asks_for_what_its_options_say(asked: Asked, tmp_path: Path) ->
         "dtype": "float16",
         "stepping": "batched",
         "adapters": {"a": "/x", "b": "/y"},
+        "controls": {},
         "plans": {"p": "/z.json"},
         "profiles": {"q": "/m.json"},
         "config": None,
@@ -136,7 +137,7 @@ def test_generates_defaults_are_the_requests(asked: Asked, tmp_path: Path) -> No
     output = tmp_path / "drawn.png"
     assert run("generate", "a ring", "-o", output).exit_code == 0
     auto = dict.fromkeys(("device", "dtype", "stepping"), "auto")
-    options: Asked = {**auto, "adapters": {}, "plans": {}, "profiles": {}, "config": None}
+    options: Asked = {**auto, "adapters": {}, "controls": {}, "plans": {}, "profiles": {}, "config": None}
     assert asked["load"] == {"name": "shapes-sd", **options}
     bare, found = vars(models.Request(prompt="a ring")), vars(asked["request"])
     assert found | {"acceleration": ()} == bare
@@ -304,7 +305,8 @@ def test_the_catalog_lists_what_is_bundled() -> None:
     rows = {line.split("│")[1].strip(): line for line in result.output.splitlines() if "shapes" in line and "│" in line}
     assert "StableDiffusionPipeline" in rows["shapes-sd"]
     assert "PixArtAlphaPipeline" in rows["shapes-dit"]
-    assert all("guidance-2" in row for row in rows.values())
+    assert "StableDiffusionInstructPix2PixPipeline" in rows["shapes-edit"]
+    assert [name for name, row in rows.items() if "guidance-2" in row] == ["shapes-dit", "shapes-sd"]
     assert "PixArtSigmaPipeline" in result.output.splitlines()[-1]
 
 

@@ -18,6 +18,7 @@ from models.errors import AcceleratorConflict, OutOfRange, RequestError, Student
 TABLE = {
     "ServiceError": (500, "server_error", "error", "internal_error"),
     "Malformed": (400, "invalid_request_error", "invalid", "malformed"),
+    "AdminOnly": (403, "permission_error", "unauthorized", "admin_only"),
     "Unauthorized": (401, "authentication_error", "unauthorized", "invalid_api_key"),
     "NotFound": (404, "not_found_error", "invalid", "not_found"),
     "ModelNotFound": (404, "not_found_error", "invalid", "model_not_found"),

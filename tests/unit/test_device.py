@@ -61,8 +61,8 @@ def test_what_an_error_says_of_the_device(error: Exception, no_memory: bool, poi
 def test_the_heap_says_what_is_used_and_what_is_kept() -> None:
     if not (before := device.heap_bytes()):
         pytest.skip("the C library does not say")
-    block = torch.ones(2**24, dtype=torch.uint8)
+    block = torch.ones(2**26, dtype=torch.uint8)  # so large that nothing else in the process comes near
     held = device.heap_bytes()
-    assert held["used"] - before["used"] >= 2**24
+    assert held["used"] - before["used"] >= 2**25
     del block
-    assert held["used"] - device.heap_bytes()["used"] >= 2**24
+    assert held["used"] - device.heap_bytes()["used"] >= 2**25
