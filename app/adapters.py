@@ -8,11 +8,10 @@ import secrets
 import shutil
 import threading
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from app.errors import Conflict, Impossible, ModelNotFound, NotFound, StoreFull, StoreOff
+from app.errors import Conflict, Impossible, NotFound, StoreFull, StoreOff
 from app.logs import SERVER
 from models.backbone import Backbone
 from models.errors import ModelLoadError, cut
@@ -94,14 +93,6 @@ class AdapterFiles:
                 backbone.adapters.moved(info, gone)
                 weakref.finalize(info, gone.unlink, missing_ok=True)
         return info
-
-
-def backbone_of(backbones: Mapping[str, Backbone], model: str) -> Backbone:
-    """A model by its id. Raises `ModelNotFound`."""
-    if model not in backbones:
-        known = ", ".join(backbones)
-        raise ModelNotFound(f"model_id: {cut(model)!r} is not served; one of {known}", param="model_id")
-    return backbones[model]
 
 
 def _write(file: Path, source: BinaryIO) -> None:

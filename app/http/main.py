@@ -158,9 +158,9 @@ def _middleware(
         open_paths = ALWAYS_OPEN if settings.metrics_require_key else (*ALWAYS_OPEN, "/metrics")
         stack.append(Middleware(Authorize, keys=keys, open_paths=open_paths))
     larger = {files.router.prefix: settings.max_file_bytes}
-    for model in settings.model:
+    for model in (*map(short_name, settings.model), *settings.aliases):
         # What a form has around its file is little.
-        path = adapters.router.prefix.format(model_id=short_name(model))
+        path = adapters.router.prefix.format(model_id=model)
         larger[path] = settings.max_adapter_file_bytes + FREE_BYTES
     stack.append(Middleware(Intake, settings=settings, metrics=metrics, bodies=bodies, streamed=larger))
     return stack

@@ -49,7 +49,7 @@ async def names(served: Served) -> list[str]:
 
 @aio
 async def test_added_used_and_found_again(fresh: Callable[[], Backbone], style: bytes, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"data_dir": tmp_path, "admin_key": "admin-key"}
+    settings: dict[str, Any] = {"data_dir": tmp_path, "admin_key": "admin-key", "alias": ("dall-e-3=sd",)}
     async with serving({"sd": fresh()}, **settings) as served:
         assert (await served.client.post("/generate", json=STYLED)).json()["error"]["code"] == "unknown_adapter"
         answer = await add(served, style)
@@ -62,6 +62,8 @@ async def test_added_used_and_found_again(fresh: Callable[[], Backbone], style: 
             "parameters": answer.json()["parameters"],
             "negative_prompt": "",
         }
+        other = URL.replace("/sd/", "/dall-e-3/")  # by another name of the model
+        assert (await served.client.get(other)).json()["data"] == [answer.json()]
         listed = (await served.client.get("/v1/models/sd")).json()["adapters"]
         assert listed == [answer.json()]
         drawn = (await served.client.post("/generate", json=STYLED)).json()

@@ -8,13 +8,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.datastructures import UploadFile
 
-from app.adapters import SUFFIX, backbone_of
+from app.adapters import SUFFIX
 from app.errors import AdminOnly, Impossible, Malformed, TooLarge
+from app.http.middleware import key_in
 from app.http.problems import RESPONSES
 from app.http.routes.common import service_of
 from app.http.routes.info import adapter_body, loaded
 from app.http.schemas.jobs import DeletedBody
 from app.http.schemas.responses import AdapterBody, AdaptersBody
+from models.backbone import Backbone
 
 router = APIRouter(prefix="/v1/models/{model_id}/adapters", tags=["models"])
 FORM = {
@@ -45,7 +47,7 @@ ADMIN: dict[int | str, dict[str, Any]] = {
 @router.get("", responses=KNOWN, summary="A model's adapters")
 async def listed(request: Request, model_id: str) -> AdaptersBody:
     """Students and styles, as the model has them now."""
-    backbone = backbone_of(loaded(request).backbones, model_id)
+    _, backbone = _model(request, model_id)
     return AdaptersBody(data=[adapter_body(info) for info in tuple(backbone.adapters.values())])
 
 
@@ -53,7 +55,7 @@ async def listed(request: Request, model_id: str) -> AdaptersBody:
 async def add(request: Request, model_id: str) -> AdapterBody:
     """Check a LoRA file, keep it, and offer it to requests from now on."""
     admin(request)
-    backbone = backbone_of(loaded(request).backbones, model_id)
+    model, backbone = _model(request, model_id)
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise Malformed("the body must be multipart/form-data")
     service = service_of(request)
@@ -68,7 +70,7 @@ async def add(request: Request, model_id: str) -> AdapterBody:
         if size > service.settings.max_adapter_file_bytes:
             raise TooLarge(f"the file is larger than {service.settings.max_adapter_file_bytes} bytes")
         given = (file.filename or "").removesuffix(SUFFIX) if name is None else str(name)
-        info = await service.pool.run(service.adapters.add, model_id, backbone, given, file.file, size)
+        info = await service.pool.run(service.adapters.add, model, backbone, given, file.file, size)
     return adapter_body(info)
 
 
@@ -76,9 +78,16 @@ async def add(request: Request, model_id: str) -> AdapterBody:
 async def remove(request: Request, model_id: str, name: str) -> DeletedBody:
     """Offer it no more; pictures that are being drawn under it are finished with it."""
     admin(request)
-    service, backbone = service_of(request), backbone_of(loaded(request).backbones, model_id)
-    await service.pool.run(service.adapters.remove, model_id, backbone, name)
+    service, (model, backbone) = service_of(request), _model(request, model_id)
+    await service.pool.run(service.adapters.remove, model, backbone, name)
     return DeletedBody(id=name, object="adapter")
+
+
+def _model(request: Request, model_id: str) -> tuple[str, Backbone]:
+    """A model by its name or another that it has. Raises `ModelNotFound`."""
+    backbones = loaded(request).backbones
+    name = service_of(request).model(model_id, "model_id")
+    return name, backbones[name]
 
 
 def admin(request: Request) -> None:
@@ -86,7 +95,6 @@ def admin(request: Request) -> None:
     key = service_of(request).settings.admin_key
     if key is None:
         raise AdminOnly("adapters are added and removed with the admin key only, and this server has none")
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    same = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), key.get_secret_value().encode())
-    if not same or scheme.lower() != "bearer":
+    given = key_in(request.headers.get("authorization", "").encode("latin-1"))
+    if not hmac.compare_digest(given, key.get_secret_value().encode()):
         raise AdminOnly("give the admin key as 'Authorization: Bearer KEY'")

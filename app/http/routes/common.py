@@ -51,10 +51,10 @@ async def respond(
     request: Request,
     asked: GenerationRequest,
     finish: Callable[[Generation], Coroutine[Any, Any, Response]],
-    spell: Spell,
+    spell: Spell | None = None,
     uploads: dict[str, bytes] | None = None,
 ) -> Response:
-    """Open a generation and answer with its stream, or with what `finish` makes of it."""
+    """Open a generation and answer with its stream, where the route has any, or with what `finish` makes of it."""
     request.state.record.client = client_of(request)
     opened: list[Generation] = []
 
@@ -71,7 +71,7 @@ async def respond(
     if isinstance(request, BodyRequest):
         for name in (*PICTURES, "control"):
             request.forget(name)
-    if asked.stream:
+    if spell is not None and asked.stream:
         return Stream(generation, spell)
     error: BaseException | None = ClientGone("the handler was cancelled")
     try:

@@ -9,7 +9,6 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator
 from functools import partial
 from typing import Annotated, Any
 
@@ -72,7 +71,7 @@ async def _generate(request: Request, asked: TextRequest) -> Response:
     plain = asked.plain(_clients(request).options(client_of(request)))
     sent = asked.model_dump(exclude={"init_images", "mask"}, exclude_unset=True)
     try:
-        return await respond(request, plain, partial(_finish, request, asked.send_images, sent), _no_events)
+        return await respond(request, plain, partial(_finish, request, asked.send_images, sent))
     except (ServiceError, RequestError) as raised:
         raise in_their_words(translate(raised)) from raised
 
@@ -85,11 +84,6 @@ def in_their_words(error: ServiceError) -> ServiceError:
         error.param = theirs + ("." + rest if rest else "")
         error.message = re.sub(rf"^{field}\b", theirs, error.message)
     return error
-
-
-async def _no_events(generation: Generation) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-    raise NotImplementedError("these routes have no streams")
-    yield "", {}
 
 
 async def _finish(request: Request, send_images: bool, sent: dict[str, Any], generation: Generation) -> Response:
