@@ -130,16 +130,19 @@ def fields() -> str:
     """The fields of a request: of every generating route, then what OpenAI's and the jobs have beside them."""
     rows = []
     for model, where in ((GenerationFields, "all"), (ImagesRequest, "`/v1/images`"), (JobRequest, "jobs")):
-        properties = model.model_json_schema()["properties"]
-        for name, schema in properties.items():
+        schema = model.model_json_schema()
+        for name, field in schema["properties"].items():
             if model is GenerationFields or name not in GenerationFields.model_fields:
-                rows.append((code(name), where, _default(schema), schema.get("description", "")))
+                rows.append((code(name), where, _default(schema, name), field.get("description", "")))
     return table(("field", "routes", "default", "meaning"), rows)
 
 
-def _default(schema: dict[str, Any]) -> str:
-    default = schema.get("default", ...)
-    return "required" if default is ... else "-" if default is None else f"`{default}`".lower()
+def _default(model: dict[str, Any], name: str) -> str:
+    """A field's default as a table shows it, from its model's JSON Schema; lists begin empty."""
+    if name in model.get("required", ()):
+        return "required"
+    default = model["properties"][name].get("default")
+    return "-" if default in (None, []) else f"`{default}`".lower()
 
 
 def accelerators() -> str:
@@ -156,9 +159,11 @@ def parameters() -> str:
     """The parameters of every mode, with default, range and meaning."""
     rows = []
     for mode, cls in ACCELERATORS.items():
-        for name, schema in cls.model_json_schema()["properties"].items():
+        schema = cls.model_json_schema()
+        for name, field in schema["properties"].items():
             if name != "mode":
-                rows.append((code(mode), code(name), _default(schema), _range(schema), schema.get("description", "")))
+                what = (_default(schema, name), _range(field), field.get("description", ""))
+                rows.append((code(mode), code(name), *what))
     return table(("mode", "parameter", "default", "allowed", "meaning"), rows)
 
 

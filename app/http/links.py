@@ -69,7 +69,10 @@ class Links:
 
     async def _stored(self, name: str) -> tuple[bytes, float]:
         assert self._files is not None  # noqa: S101
-        row = await self._files.store.call(self._files.get, name, OWNER)
+        try:
+            row = await self._files.store.call(self._files.get, name, OWNER)
+        except NotFound:
+            raise _gone() from None
         if row["expires_at"] <= self._clock():
             return b"", 0.0
         chunks = [chunk async for chunk in self._files.store.stream(name, "content")]

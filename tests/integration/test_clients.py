@@ -177,6 +177,8 @@ async def test_addresses_live_in_the_store(backbone_of: Callable[..., Backbone],
     async with serving(backbones, data_dir=tmp_path) as served:  # after a restart
         found = await served.client.get(url)
         assert (found.status_code, found.headers["content-type"]) == (200, "image/webp")
+        none = await served.client.get(f"/v1/images/links/file-{'0' * 32}.webp")
+        assert (none.status_code, none.json()["error"]["param"]) == (404, None)
         links = served.app.state.links
         now = links._clock()
         links._clock = lambda: now + 3601
